@@ -1,0 +1,1 @@
+"""Self-Taught Self-Correction: a small language model learns from its own corrections."""

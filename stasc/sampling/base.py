@@ -1,0 +1,97 @@
+"""What the rest of the program may know about a sampling engine."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from stasc.errors import UserError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. These three values are all there is: an engine adds no default of its own
+    (no top-k, no penalty), whatever the model's ``generation_config.json`` says.
+
+    Args:
+        temperature: Softmax temperature; 0 is greedy.
+        top_p: Nucleus mass, in (0, 1].
+        max_tokens: New tokens per completion at most.
+    """
+
+    temperature: float = 0.6
+    top_p: float = 0.9
+    max_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise UserError(f"temperature is {self.temperature}: it must be 0 (greedy) or more.")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p is {self.top_p}: it must lie in (0, 1].")
+        if self.max_tokens < 1:
+            raise UserError(f"max_tokens is {self.max_tokens}: it must be 1 or more.")
+
+
+class Request(NamedTuple):
+    """``n`` completions of one prompt.
+
+    Completion ``i`` of the request is drawn from the seed ``seed + i`` and nothing else, so it is the
+    same in any order, batch, process or restart. With temperature 0 the seed has no effect.
+    """
+
+    prompt_ids: Sequence[int]
+    n: int
+    seed: int
+
+
+class Draw(NamedTuple):
+    """One sampled completion: its ids without the stop token, and whether a stop token ended it."""
+
+    token_ids: tuple[int, ...]
+    finished: bool
+
+
+class Sampler(ABC):
+    """A model that completes token ids.
+
+    The order of calls is ``start``, then any number of ``load``, ``sample`` and ``release``, then
+    ``close``. Each training process has its own sampler on its own device.
+    """
+
+    @abstractmethod
+    def start(self, model: Path, *, device: torch.device, context: int, log: Path) -> None:
+        """Make the engine ready to sample from the Hugging Face folder ``model``; may return before it is.
+
+        Args:
+            model: Folder with config.json and safetensors weights; the weights sampled from first.
+            device: Where this training process trains, and where the engine shall sample.
+            context: Tokens that the longest prompt and its completion can take together.
+            log: File for what the engine itself has to say.
+        """
+
+    @abstractmethod
+    def load(self, model: Path) -> None:
+        """Sample from the weights in the folder ``model`` from now on, without a restart.
+
+        The architecture is that of the folder given to ``start``. Loading the folder that is already
+        loaded costs nothing.
+        """
+
+    @abstractmethod
+    def sample(
+        self, requests: Sequence[Request], sampling: Sampling, stop_ids: Sequence[int]
+    ) -> Iterator[tuple[int, list[Draw]]]:
+        """Yield ``(i, the n draws of requests[i])`` as they are finished, in any order of ``i``."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Give the accelerator's memory back for training; the next ``load`` or ``sample`` takes it again."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End the engine. Nothing of it stays behind."""
