@@ -1,0 +1,6 @@
+"""What happens around training: the outer loop over iterations, and the evaluation of every M_n."""
+
+from callbacks.evaluation import Evaluation
+from callbacks.outer_loop import OuterLoop
+
+__all__ = ["Evaluation", "OuterLoop"]

@@ -1,0 +1,91 @@
+"""The outer loop of Algorithm 1 inside one ``fit``: which weights an iteration starts from, and M_n at its end."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from data import TrajectoryDataModule
+from stasc.errors import UserError
+from stasc.module import CorrectionSFT
+from stasc.pretrained import export, load_weights
+from stasc.run import write_json
+
+
+class OuterLoop(Callback):
+    """Turns the epochs of one ``fit`` into the iterations of the algorithm.
+
+    At the start of an iteration the base model is put in place (M_0 for Fixed fine-tuning; for Evolving
+    M_{n-1} simply stays), with a fresh optimiser and a schedule as long as D_n is. At its end M_n is
+    written as a Hugging Face folder. If D_n is empty, M_n is the base model.
+    """
+
+    def __init__(self) -> None:
+        self.prepared = 0
+        """The iteration whose base model, optimiser and schedule are in place."""
+        self.losses: list[float] = []
+        """Mean loss of each epoch of that iteration."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resume between two epochs of an iteration needs."""
+        return {"losses": self.losses}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As ``state_dict`` gave it."""
+        self.losses = state_dict["losses"]
+
+    def setup(self, trainer: Trainer, pl_module: CorrectionSFT, stage: str) -> None:
+        """Refuse trainer settings under which iterations would be silently wrong."""
+        if stage == "fit" and trainer.reload_dataloaders_every_n_epochs != 1:
+            raise UserError("trainer.reload_dataloaders_every_n_epochs must stay 1: every iteration has its own D_n.")
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: CorrectionSFT) -> None:
+        """Step 4 begins: base model by policy, fresh optimiser and schedule."""
+        data: TrajectoryDataModule = trainer.datamodule
+        data.sampler.release()
+        torch.manual_seed(data.epoch_seed)
+        pl_module.train()
+        self.prepared = data.iteration
+        if data.epochs_done % data.algorithm.epochs:
+            return
+        if self.prepared > 1 and not data.algorithm.evolving_finetuning:
+            load_weights(trainer.strategy.model, data.model_folder(0))
+        steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        pl_module.iteration_steps = steps * data.algorithm.epochs
+        trainer.strategy.setup_optimizers(trainer)
+        self.losses = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: CorrectionSFT, batch: Any, batch_idx: int) -> None:
+        """Guard against a resume that would train without the start of its iteration."""
+        if self.prepared != trainer.datamodule.iteration:
+            raise RuntimeError(
+                f"iteration {trainer.datamodule.iteration} would train on what was prepared for {self.prepared}"
+            )
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: CorrectionSFT) -> None:
+        """Step 4 ends: after the last epoch of iteration n, M_n is written."""
+        data: TrajectoryDataModule = trainer.datamodule
+        if data.dataset:
+            self.losses.append(pl_module.epoch_loss.compute().item())
+            pl_module.epoch_loss.reset()
+        if data.epochs_done % data.algorithm.epochs:
+            return
+        n, box = self.prepared, data.run.iteration(self.prepared)
+        if not data.dataset:
+            base = n - 1 if data.algorithm.evolving_finetuning else 0
+            rank_zero_info(f"iteration {n}: D_{n} is empty, so M_{n} is M_{base}.")
+        if not data.missing(box.model):
+            return
+        if trainer.is_global_zero:
+            training = {
+                "loss": sum(self.losses) / len(self.losses) if self.losses else None,
+                "learning_rate": pl_module.learning_rate if self.losses else 0.0,
+                "steps": pl_module.iteration_steps if self.losses else 0,
+            }
+            write_json(box.training, training)
+        export(trainer.strategy.model, data.model_folder(0), box.model)
+        trainer.strategy.barrier("M_n is written")

@@ -1,0 +1,6 @@
+"""Where questions come from, and the data module that turns them into D_n."""
+
+from data.questions import DemoQuestions, QuestionFile, QuestionSource
+from data.trajectories import TrajectoryDataModule
+
+__all__ = ["DemoQuestions", "QuestionFile", "QuestionSource", "TrajectoryDataModule"]

@@ -1,0 +1,137 @@
+"""The command line: one configuration, linked to all parts. Nothing else happens here."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from typing import Any
+
+import torch
+import yaml
+from jsonargparse import ArgumentError
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from callbacks import Evaluation, OuterLoop
+from data import TrajectoryDataModule, demo
+from stasc.algorithm import Algorithm
+from stasc.errors import UserError
+from stasc.module import CorrectionSFT
+from stasc.sampling import Sampler, VLLMSampler
+
+DEMO = "demo"
+"""The name of the embedded task's own M_0, which is made on the spot."""
+
+
+class STaSCCLI(LightningCLI):
+    """LightningCLI with the groups ``algorithm`` and ``sampler`` and the option ``run_dir``."""
+
+    datamodule: TrajectoryDataModule
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The groups of the method, and how they reach those who need them."""
+        parser.add_argument("--run_dir", type=str, default="runs/stasc", help="Folder of the run.")
+        parser.add_class_arguments(Algorithm, "algorithm")
+        parser.add_subclass_arguments(Sampler, "sampler")
+        parser.set_defaults({"sampler": {"class_path": f"{VLLMSampler.__module__}.{VLLMSampler.__name__}"}})
+        parser.link_arguments("algorithm", "data.algorithm", apply_on="instantiate")
+        parser.link_arguments("sampler", "data.sampler", apply_on="instantiate")
+        parser.link_arguments("model.base", "data.base")
+        parser.link_arguments("run_dir", "data.run_dir")
+        parser.link_arguments("seed_everything", "data.seed")
+        parser.link_arguments(
+            ("algorithm.iterations", "algorithm.epochs"), "trainer.max_epochs", compute_fn=lambda n, e: n * e
+        )
+
+    def before_instantiate_classes(self) -> None:
+        """Check the devices; make the demo's M_0 if that is the model."""
+        config = self.config[self.subcommand]
+        _check_devices(config.trainer.accelerator, config.trainer.devices)
+        dumped = self.parser.dump(self.config, skip_none=False)
+        self.saved_config = yaml.safe_load(dumped)[self.subcommand]
+        self.saved_config.pop("config", None)
+        if config.model.base == DEMO:
+            config.model.base = config.data.base = str(demo.base_model())
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Give the trainer the run folder's places for curves and checkpoints."""
+        run = self.datamodule.run
+        given = self.config_init[self.subcommand].trainer
+        if self.subcommand != "fit":
+            kwargs["logger"] = False
+        elif given.logger in (None, True):
+            kwargs["logger"] = TensorBoardLogger(run.folder, name="", version=run.tensorboard.name)
+        # At the end of an epoch only: a checkpoint in its midst would skip an iteration on resume.
+        checkpoint = ModelCheckpoint(
+            run.checkpoints,
+            filename=run.last_checkpoint.stem,
+            enable_version_counter=False,
+            save_on_train_epoch_end=True,
+        )
+        kwargs["callbacks"] = [*(given.callbacks or []), Evaluation(), OuterLoop(), checkpoint]
+        return super().instantiate_trainer(**kwargs)
+
+    def after_instantiate_classes(self) -> None:
+        """Find mistakes in what the configuration points to, before an engine starts or a file is written."""
+        self.datamodule.load_questions(self.subcommand)
+        if self.subcommand != "fit":
+            output = self.datamodule.output_path(self.subcommand)
+            if output.exists() and rank_zero_only.rank == 0:
+                raise UserError(f"{output} exists: choose another --data.output, or remove it.")
+        elif rank_zero_only.rank == 0:
+            self.datamodule.run.claim(self.saved_config)
+
+    def fit(self, model: LightningModule, datamodule: LightningDataModule, **kwargs: Any) -> None:
+        """Start, or go on where the run folder's last checkpoint was written."""
+        last = datamodule.run.last_checkpoint
+        kwargs["ckpt_path"] = kwargs.get("ckpt_path") or (str(last) if last.is_file() else None)
+        self.trainer.fit(model, datamodule=datamodule, **kwargs)
+
+
+def run() -> None:
+    """Parse ``sys.argv`` and run; a user's mistake ends in one sentence on standard error and status 2."""
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
+    try:
+        STaSCCLI(
+            CorrectionSFT,
+            TrajectoryDataModule,
+            save_config_callback=None,  # Run.claim does it, before anything else is written
+            seed_everything_default=42,
+            trainer_defaults={
+                "reload_dataloaders_every_n_epochs": 1,
+                "num_sanity_val_steps": 0,
+                "log_every_n_steps": 1,
+                "use_distributed_sampler": False,  # CorrectionBatches deals the steps out itself
+            },
+            parser_kwargs={"prog": "python -m stasc", "exit_on_error": False}
+            | {name: {"exit_on_error": False} for name in STaSCCLI.subcommands()},
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+    except (UserError, ArgumentError, MisconfigurationException) as mistake:
+        print(f"stasc: {' '.join(str(mistake).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _check_devices(accelerator: Any, devices: Any) -> None:
+    """Raise UserError if more devices are asked for than there are."""
+    cuda = torch.cuda.device_count()
+    if accelerator in ("gpu", "cuda") and cuda == 0:
+        raise UserError(
+            "trainer.accelerator asks for a GPU and this machine has none that torch can use: "
+            "set --trainer.accelerator cpu, --trainer.devices and --trainer.strategy."
+        )
+    on_cuda = cuda > 0 and accelerator in ("auto", "gpu", "cuda")
+    there = cuda if on_cuda else os.cpu_count() or 1
+    asked = int(devices) if str(devices).isdecimal() else 0
+    if asked > there:
+        raise UserError(
+            f"trainer.devices is {asked} and this machine has {there} {'GPUs' if on_cuda else 'CPU cores'}: "
+            "lower --trainer.devices."
+        )

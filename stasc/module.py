@@ -1,0 +1,148 @@
+"""Step 4 of Algorithm 1: fine-tuning on correction tokens alone, as a LightningModule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import FSDPStrategy
+from torch import Tensor
+from torch.optim import Optimizer
+from torchmetrics import MeanMetric
+
+from stasc.errors import UserError
+from stasc.packing import IGNORED, Batch
+from stasc.pretrained import load_model, locate
+from stasc.reward import SelfCorrection
+from stasc.trajectory import Trajectory
+
+
+class CosineWithWarmup:
+    """Factor of the learning rate: linear warm-up, then half a cosine down to 0.
+
+    The first step is already above 0, so that a D_n of a single batch teaches something. An object rather
+    than a closure, because only an object's state goes into a checkpoint.
+
+    Args:
+        steps: Optimiser steps in all.
+        warmup_ratio: Share of them that warm up, rounded up.
+    """
+
+    def __init__(self, steps: int, warmup_ratio: float) -> None:
+        self.steps = steps
+        self.warmup = math.ceil(steps * warmup_ratio)
+
+    def __call__(self, step: int) -> float:
+        if step < self.warmup:
+            return (step + 1) / (self.warmup + 1)
+        return 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / max(1, self.steps - self.warmup)))
+
+
+class CorrectionSFT(LightningModule):
+    """One optimiser step on corrections, the same on one device, under DDP and under FSDP.
+
+    The loss is the mean negative log-likelihood over the correction tokens of the whole optimiser step,
+    whatever the number of processes and the accumulation. The optimiser is AdamW, the schedule a cosine
+    with warm-up over one iteration (section 3 and appendix A of the paper).
+
+    Args:
+        base: M_0, a Hugging Face folder or hub id; ``demo`` is the embedded task's own.
+        learning_rate: Peak of the schedule.
+        weight_decay: Of AdamW.
+        warmup_ratio: Share of an iteration's steps that warm up.
+    """
+
+    def __init__(
+        self,
+        base: str,
+        learning_rate: float = 7e-6,
+        weight_decay: float = 0.1,
+        warmup_ratio: float = 0.03,
+    ) -> None:
+        super().__init__()
+        if learning_rate <= 0:
+            raise UserError(f"model.learning_rate is {learning_rate}: it must be above 0.")
+        if not 0 <= warmup_ratio <= 1:
+            raise UserError(f"model.warmup_ratio is {warmup_ratio}: it must lie in [0, 1].")
+        self.base = base
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.warmup_ratio = warmup_ratio
+        self.iteration_steps = 1
+        """Optimiser steps of the iteration under way; the outer loop sets it once D_n is known."""
+        self.epoch_loss = MeanMetric()
+        self.self_correction = SelfCorrection()
+
+    def configure_model(self) -> None:
+        """Load M_0; only training needs it here, everything else samples through an engine."""
+        if self.trainer.training and not hasattr(self, "model"):
+            self.model = load_model(locate(self.base))
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """A fresh optimiser and schedule; the outer loop asks for them at the start of every iteration."""
+        optimizer = torch.optim.AdamW(
+            self.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay
+        )
+        schedule = CosineWithWarmup(self.iteration_steps, self.warmup_ratio)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_batch_start(self, batch: Batch | None, batch_idx: int) -> int | None:
+        """Skip the epoch of an empty D_n, for which the loader gives the one batch None."""
+        return -1 if batch is None else None
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The micro-batch's share of the step's mean loss, scaled so that averaging over processes and
+        micro-batches, as Lightning does, gives that mean.
+        """
+        logits = self.model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+        ).logits
+        labels = batch.labels[:, 1:]
+        summed = torch.nn.functional.cross_entropy(
+            logits[:, :-1].float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+        tokens = int((labels != IGNORED).sum())
+        if tokens:
+            self.epoch_loss.update(summed.detach() / tokens, weight=tokens)
+        loss = summed * (self.trainer.world_size * self.trainer.accumulate_grad_batches / batch.step_tokens)
+        self.log("step/loss", loss, prog_bar=True, sync_dist=True)
+        self.log("step/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
+        return loss
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the norm over all shards: FSDP has a method of its own for that, which Lightning does not call."""
+        if isinstance(self.trainer.strategy, FSDPStrategy) and gradient_clip_val:
+            self.trainer.strategy.model.clip_grad_norm_(gradient_clip_val)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def test_step(self, batch: Sequence[Trajectory], batch_idx: int) -> None:
+        """Rewards and transitions of sampled trajectories."""
+        self.self_correction.update([t.r1 for t in batch], [t.r2 for t in batch])
+
+    def on_test_epoch_end(self) -> None:
+        """Log them over all processes."""
+        for name, value in self.self_correction.compute().items():
+            self.log(name, value.float())
+        self.self_correction.reset()
+
+    def validation_step(self, batch: Sequence[Trajectory], batch_idx: int) -> None:
+        """As ``test_step``."""
+        self.test_step(batch, batch_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """As ``on_test_epoch_end``."""
+        self.on_test_epoch_end()
+
+    def predict_step(self, batch: Sequence[Trajectory], batch_idx: int) -> Sequence[Trajectory]:
+        """The trajectories, which the data module has sampled and written already."""
+        return batch

@@ -1,0 +1,113 @@
+"""Models as Hugging Face folders: found, checked, loaded into a trainer, and written back as M_n."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from huggingface_hub import snapshot_download
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from stasc.errors import UserError
+from stasc.run import write_folder
+
+_CONFIGURATION_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.py")
+
+
+def locate(model: str) -> Path:
+    """The folder of a model given as a folder or as a hub id, which is downloaded once.
+
+    Raises:
+        UserError: There is no such folder or hub model.
+    """
+    folder = Path(model).expanduser()
+    if (folder / "config.json").is_file():
+        return folder.resolve()
+    if folder.is_dir():
+        raise UserError(f"{folder} has no config.json: model.base must be a Hugging Face model folder or hub id.")
+    try:
+        return Path(snapshot_download(model, allow_patterns=["*.safetensors", *_CONFIGURATION_FILES]))
+    except Exception as error:  # the hub client raises a dozen unrelated types; all mean that it is not to be had
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UserError(
+            f"model.base '{model}' is not a folder here, and the Hugging Face hub did not give it ({reason})."
+        ) from error
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder."""
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def load_generation_config(folder: Path) -> GenerationConfig | None:
+    """The generation config of a model folder, if it has one."""
+    present = (folder / "generation_config.json").is_file()
+    return GenerationConfig.from_pretrained(folder) if present else None
+
+
+def context_length(folder: Path) -> int:
+    """Tokens that the model of a folder can take."""
+    return AutoConfig.from_pretrained(folder).max_position_embeddings
+
+
+def load_model(folder: Path) -> PreTrainedModel:
+    """The model of a folder, in training mode, with float32 master weights whatever its files hold."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
+
+
+def load_weights(wrapped: torch.nn.Module, folder: Path) -> None:
+    """Replace the weights of ``wrapped.model`` with those of a folder; a collective call on all ranks.
+
+    Args:
+        wrapped: ``trainer.strategy.model``: the LightningModule as one device, DDP or FSDP holds it.
+        folder: Model folder of the same architecture.
+    """
+    distributed = dist.is_initialized()
+    weights = {}
+    if not distributed or dist.get_rank() == 0:
+        # from_pretrained ties what is tied, so lm_head comes with the embedding's values.
+        weights = {f"model.{name}": tensor for name, tensor in load_model(folder).state_dict().items()}
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=distributed)
+    set_model_state_dict(wrapped, weights, options=options)
+
+
+def export(wrapped: torch.nn.Module, base: Path, folder: Path) -> None:
+    """Write ``wrapped.model`` as the Hugging Face folder of M_n, atomically; a collective call on all ranks.
+
+    Everything but the weights (tokenizer, chat template, generation config, config with its dtype) is that
+    of the folder ``base``, so M_n goes wherever M_0 went.
+    """
+    weights = get_model_state_dict(
+        wrapped, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
+    if dist.is_initialized() and dist.get_rank() != 0:
+        return
+    config = AutoConfig.from_pretrained(base)
+    with torch.device("meta"):
+        shell = AutoModelForCausalLM.from_config(config)
+    dtype = config.dtype or torch.float32
+    tensors = {
+        name.removeprefix("model."): tensor.to(dtype)
+        for name, tensor in weights.items()
+        if name.removeprefix("model.") not in shell.all_tied_weights_keys
+    }
+    with write_folder(folder) as unfinished:
+        shell.save_pretrained(unfinished, state_dict=tensors)
+        for pattern in _CONFIGURATION_FILES:
+            for path in sorted(base.glob(pattern)):
+                if not path.name.endswith(".index.json"):
+                    shutil.copyfile(path, unfinished / path.name)

@@ -1,0 +1,163 @@
+"""From questions and answers to token ids: the prompts, and which tokens end a turn.
+
+A training example is the very prompt a correction was sampled from, followed by the very tokens that were
+sampled. Nothing here knows a particular chat template.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from jinja2 import TemplateError
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from stasc.errors import UserError
+from stasc.trajectory import Trajectory
+
+
+@dataclass(frozen=True)
+class Message:
+    """One chat message; ``content`` may hold the placeholders ``{question}`` and ``{initial_answer}``."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The two prompts of the method (appendix A of the paper), demonstrations included.
+
+    Args:
+        initial: Messages that ask for an initial answer; ``{question}`` stands for the question.
+        correction: Messages that ask for a correction; ``{initial_answer}`` stands for what is to be corrected.
+    """
+
+    initial: list[Message]
+    correction: list[Message]
+
+    def __post_init__(self) -> None:
+        for prompt, placeholders in (
+            ("initial", ["{question}"]),
+            ("correction", ["{question}", "{initial_answer}"]),
+        ):
+            text = "".join(message.content for message in getattr(self, prompt))
+            for placeholder in placeholders:
+                if placeholder not in text:
+                    raise UserError(f"data.prompts.{prompt} has no {placeholder}: add it to one of its messages.")
+
+
+class Dialogue:
+    """Renders the prompts with a tokenizer's chat template.
+
+    A system message is folded into the first user message where the template refuses or drops it.
+
+    Args:
+        tokenizer: With a chat template.
+        prompts: The messages.
+        generation_config: Of the same model; its end-of-sequence ids stop a completion too.
+
+    Raises:
+        UserError: The tokenizer has no chat template, or no way to end a turn.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Prompts,
+        generation_config: GenerationConfig | None = None,
+    ) -> None:
+        if not tokenizer.chat_template:
+            raise UserError(
+                f"the tokenizer in {tokenizer.name_or_path} has no chat template: "
+                "use an instruction-tuned model, or add chat_template.jinja to the folder."
+            )
+        self.tokenizer = tokenizer
+        self.prompts = prompts
+        self._keeps_system = self._template_keeps_system()
+        self.end_of_turn = self._find_end_of_turn()
+        config_stops = generation_config.eos_token_id if generation_config else None
+        config_stops = [config_stops] if isinstance(config_stops, int) else config_stops or []
+        stops = {self.end_of_turn, tokenizer.eos_token_id, *config_stops} - {None}
+        self.stop_ids: tuple[int, ...] = tuple(sorted(stops))
+
+    def initial_prompt(self, question: str) -> list[int]:
+        """Token ids that ask for an initial answer to ``question``."""
+        return self._render(self.prompts.initial, {"question": question})
+
+    def correction_prompt(self, question: str, initial_answer: str) -> list[int]:
+        """Token ids that ask for a correction of ``initial_answer``."""
+        return self._render(
+            self.prompts.correction, {"question": question, "initial_answer": initial_answer.strip()}
+        )
+
+    def training_example(self, trajectory: Trajectory) -> tuple[list[int], list[int]]:
+        """The prompt's ids, which carry no loss, and the target's ids, which do.
+
+        The target is y2 and the end-of-turn token. A correction that was cut at the token limit has no
+        such token: the model is taught what it said, not to stop there.
+        """
+        prompt = self.correction_prompt(trajectory.question.text, trajectory.initial.text)
+        target = list(trajectory.correction.token_ids)
+        return prompt, [*target, self.end_of_turn] if trajectory.correction.finished else target
+
+    def decode(self, token_ids: tuple[int, ...]) -> str:
+        """The text of a completion."""
+        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+
+    def _render(self, messages: list[Message], values: Mapping[str, str]) -> list[int]:
+        # One pass, so that a question which itself contains "{initial_answer}" stays as it is.
+        filled = [
+            {
+                "role": message.role,
+                "content": re.sub(
+                    r"\{(question|initial_answer)\}",
+                    lambda match: values.get(match[1], match[0]),
+                    message.content,
+                ),
+            }
+            for message in messages
+        ]
+        if not self._keeps_system:
+            filled = _fold_system(filled)
+        try:
+            return self.tokenizer.apply_chat_template(
+                filled, add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        except TemplateError as error:
+            raise UserError(
+                f"the chat template of {self.tokenizer.name_or_path} refuses the messages of data.prompts "
+                f"({error}): change their roles or order."
+            ) from error
+
+    def _template_keeps_system(self) -> bool:
+        probe = [{"role": "system", "content": "SYSTEM-PROBE"}, {"role": "user", "content": "x"}]
+        try:
+            return "SYSTEM-PROBE" in self.tokenizer.apply_chat_template(probe, tokenize=False)
+        except TemplateError:
+            return False
+
+    def _find_end_of_turn(self) -> int:
+        """The first special token that the template puts after an assistant's words, else the tokenizer's eos."""
+        probe = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "ANSWER-PROBE"}]
+        _, _, rest = self.tokenizer.apply_chat_template(probe, tokenize=False).rpartition("ANSWER-PROBE")
+        for token_id in self.tokenizer.encode(rest, add_special_tokens=False):
+            added = self.tokenizer.added_tokens_decoder.get(token_id)
+            if added is not None and added.special:
+                return token_id
+        if self.tokenizer.eos_token_id is None:
+            raise UserError(
+                f"the tokenizer in {self.tokenizer.name_or_path} has no token that ends a turn: "
+                "set its eos_token."
+            )
+        return self.tokenizer.eos_token_id
+
+
+def _fold_system(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    system = [message["content"] for message in messages if message["role"] == "system"]
+    others = [message for message in messages if message["role"] != "system"]
+    first = next(i for i, message in enumerate(others) if message["role"] == "user")
+    others[first] = {"role": "user", "content": "\n\n".join([*system, others[first]["content"]])}
+    return others

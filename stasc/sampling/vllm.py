@@ -1,0 +1,301 @@
+"""Sampling with vLLM, which runs in a worker process of our own; vLLM is never imported here."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from multiprocessing import Pipe
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from stasc.errors import UserError
+from stasc.sampling.base import Draw, Request, Sampler, Sampling
+
+_logger = logging.getLogger(__name__)
+
+_GIB = 1 << 30
+
+# What a launcher tells the training process; vLLM would take it for itself.
+_SCRUBBED = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "NODE_RANK",
+    "GROUP_",
+    "ROLE_",
+    "MASTER_",
+)
+_SCRUBBED += ("TORCHELASTIC_", "LD_PRELOAD", "VLLM_CPU_KVCACHE_SPACE")
+
+
+class EngineDied(RuntimeError):
+    """The worker process ended without a word."""
+
+
+class VLLMSampler(Sampler):
+    """Samples with vLLM, in one worker process for each training process.
+
+    A worker that dies (killed, out of memory) is replaced and only the missing requests are sampled again.
+    It ends with the thread that called ``start``, which should be the main one. ``release`` empties a GPU;
+    on CPU the engine stays, with memory for its weights and ``kv_cache_gib``.
+
+    Args:
+        kv_cache_gib: Memory of the key-value cache, beside that of the weights; more of it lets more
+            completions run at the same time.
+    """
+
+    def __init__(self, kv_cache_gib: float = 4.0) -> None:
+        if kv_cache_gib <= 0:
+            raise UserError(f"kv_cache_gib is {kv_cache_gib}: it must be more than 0.")
+        self.kv_cache_gib = kv_cache_gib
+        self._engine: _Engine | None = None
+
+    def start(self, model: Path, *, device: torch.device, context: int, log: Path) -> None:
+        """See ``Sampler``; the engine starts in the background, and the first ``load`` or ``sample`` waits."""
+        if importlib.util.find_spec("vllm") is None:
+            raise UserError(
+                "vLLM is not installed: install it with ./setup.sh, or go without it by "
+                "--sampler TransformersSampler."
+            )
+        self.close()
+        self._model = model.resolve()
+        self._tensors = tensor_shapes(self._model)
+        self._vocabulary = read_config(self._model).get("vocab_size")
+        self._device, self._context, self._log = device, context, log.resolve()
+        self._options = {
+            "dtype": model_dtype(self._model),
+            "context": context,
+            "kv_cache_bytes": int(self.kv_cache_gib * _GIB),
+            "on_cpu": device.type == "cpu",
+        }
+        self._engine = self._launch()
+
+    def load(self, model: Path) -> None:
+        """See ``Sampler``; a folder whose tensors are not those of the folder given to ``start`` is refused."""
+        model = model.resolve()
+        if model == self._model:
+            return
+        check_same_tensors(self._tensors, model)
+        self._model = model
+        self._tell("load", str(model))
+
+    def sample(
+        self, requests: Sequence[Request], sampling: Sampling, stop_ids: Sequence[int]
+    ) -> Iterator[tuple[int, list[Draw]]]:
+        """See ``Sampler``. Leaving the iterator early ends the engine; the next call starts another."""
+        check_requests(requests, sampling, self._context, self._vocabulary)
+        return self._sample(dict(enumerate(requests)), sampling, list(stop_ids))
+
+    def release(self) -> None:
+        """See ``Sampler``; on CPU there is nothing to give back."""
+        if self._engine is not None and self._device.type != "cpu":
+            self._tell("release")
+
+    def close(self) -> None:
+        """See ``Sampler``."""
+        if self._engine is not None:
+            self._engine.kill()
+            self._engine = None
+
+    def _sample(
+        self, missing: dict[int, Request], sampling: Sampling, stop_ids: list[int]
+    ) -> Iterator[tuple[int, list[Draw]]]:
+        for i, draws in self._ask(lambda: ("sample", list(missing.items()), asdict(sampling), stop_ids)):
+            del missing[i]
+            yield i, draws
+
+    def _tell(self, *message: object) -> None:
+        deque(self._ask(lambda: message), maxlen=0)
+
+    def _ask(self, message: Callable[[], tuple[object, ...]]) -> Iterator[tuple[int, list[Draw]]]:
+        """The worker's answers. If it dies on the way another gets the message, made anew, and goes on."""
+        replaced = False
+        while True:
+            try:
+                if self._engine is None:
+                    self._engine = self._launch()
+                for answer in self._engine.ask(*message()):
+                    replaced = False
+                    yield answer
+                return
+            except EngineDied as death:
+                self.close()
+                if replaced:
+                    raise UserError(
+                        f"The sampling engine died twice in a row ({death}; what it said is in {self._log}): "
+                        f"if memory ran out lower kv_cache_gib (now {self.kv_cache_gib:g}), and the same command "
+                        "goes on where it stopped."
+                    ) from death
+                replaced = True
+                _logger.warning("The sampling engine died (%s); starting another (%s).", death, self._log)
+            except BaseException:  # also a caller that went away: the answers left in the pipe are nobody's
+                self.close()
+                raise
+
+    def _launch(self) -> _Engine:
+        options = {"model": str(self._model), **self._options}
+        return _Engine(options, _environment(self._device), self._log, self.kv_cache_gib)
+
+
+class _Engine:
+    """One life of the worker process."""
+
+    def __init__(
+        self, options: dict[str, object], environment: dict[str, str], log: Path, gib: float
+    ) -> None:
+        self._log, self._gib = log, gib
+        self._pipe, theirs = Pipe()
+        worker = ("-P", "-m", "stasc.sampling.vllm_worker", str(theirs.fileno()), str(os.getpid()))
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, *worker, json.dumps(options)],
+                env=environment,
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        theirs.close()  # or its death would not be the end of the pipe
+
+    def ask(self, *message: object) -> Iterator[tuple[int, list[Draw]]]:
+        """Send one message and yield the answers until the worker is done with it."""
+        with suppress(OSError):  # a dead worker may have left the reason in the pipe
+            self._pipe.send(message)
+        while (answer := self._receive()) is not None:
+            yield answer
+
+    def _receive(self) -> tuple[int, list[Draw]] | None:
+        try:
+            answer = self._pipe.recv()
+        except (EOFError, OSError) as error:
+            self.kill()
+            raise EngineDied(f"exit status {self._process.returncode}") from error
+        if isinstance(answer, str):
+            raise UserError(
+                f"The sampling engine failed ({answer}; more in {self._log}).{self._advice(answer)}"
+            )
+        return answer
+
+    def _advice(self, failure: str) -> str:
+        if "memory" not in failure.lower():
+            return ""
+        verb = "Raise" if "at least one request" in failure else "Lower"
+        return f" {verb} kv_cache_gib (now {self._gib:g})."
+
+    def kill(self) -> None:
+        """End the worker and whatever it started."""
+        if self._process.returncode is None:  # not waited for, so the number is still its own
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+        self._pipe.close()
+
+
+def _environment(device: torch.device) -> dict[str, str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(_SCRUBBED)}
+    environment |= {
+        "PYTHONPATH": os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # vLLM's own processes outlive ours, and hang when one dies
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    if device.type == "cpu":
+        # Training waits while the engine samples, so it may have training's threads, if they do not spin after.
+        return environment | {
+            "OMP_NUM_THREADS": str(torch.get_num_threads()),
+            "OMP_WAIT_POLICY": "PASSIVE",
+        }
+    index = torch.cuda.current_device() if device.index is None else device.index
+    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return environment | {"CUDA_VISIBLE_DEVICES": visible[index] if visible else str(index)}
+
+
+def check_requests(
+    requests: Sequence[Request], sampling: Sampling, context: int, vocabulary: int | None
+) -> None:
+    """Find what an engine would answer with a crash, a shorter completion or nonsense.
+
+    Raises:
+        ValueError: A prompt is empty, too long or has ids outside of the vocabulary, or n or seed is impossible.
+    """
+    for i, (prompt_ids, n, seed) in enumerate(requests):
+        if not prompt_ids or n < 1 or seed < 0:
+            raise ValueError(f"request {i} has {len(prompt_ids)} prompt tokens, n={n} and seed={seed}.")
+        if len(prompt_ids) + sampling.max_tokens > context:
+            raise ValueError(
+                f"request {i} has {len(prompt_ids)} prompt tokens, and with max_tokens={sampling.max_tokens} "
+                f"does not fit a context of {context}."
+            )
+        if min(prompt_ids) < 0 or (vocabulary is not None and max(prompt_ids) >= vocabulary):
+            raise ValueError(f"request {i} has token ids outside of the model's vocabulary of {vocabulary}.")
+
+
+def read_config(folder: Path) -> dict[str, object]:
+    """The config.json of a model folder."""
+    try:
+        return json.loads((folder / "config.json").read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(
+            f"{folder} is not a model folder: its config.json cannot be read ({error})."
+        ) from error
+
+
+def model_dtype(folder: Path) -> str:
+    """The dtype that a model folder asks for, or float32."""
+    config = read_config(folder)
+    return str(config.get("dtype") or config.get("torch_dtype") or "float32")
+
+
+def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors in a model folder, without what the others determine.
+
+    Raises:
+        UserError: There are none, or a file is damaged.
+    """
+    shapes = {}
+    try:
+        index = folder / "model.safetensors.index.json"
+        names = ["model.safetensors"]
+        if index.is_file():
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        for name in names:
+            with safe_open(folder / name, "pt") as tensors:
+                shapes |= {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
+    except (OSError, KeyError, json.JSONDecodeError, SafetensorError) as error:
+        raise UserError(f"{folder} has no usable safetensors weights ({error}).") from error
+    if read_config(folder).get("tie_word_embeddings"):
+        shapes.pop("lm_head.weight", None)  # the embedding again, and some write it
+    return {name: shape for name, shape in shapes.items() if not name.endswith(".rotary_emb.inv_freq")}
+
+
+def check_same_tensors(expected: dict[str, tuple[int, ...]], folder: Path) -> None:
+    """Refuse weights that an engine holding ``expected`` would take in part, keeping old ones for the rest.
+
+    Raises:
+        UserError: Names or shapes differ.
+    """
+    found = tensor_shapes(folder)
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise UserError(
+                f"{folder} is not of the sampled model's architecture: {name} is {_shape(found.get(name))} there "
+                f"and {_shape(expected.get(name))} in the first model."
+            )
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "missing" if shape is None else "x".join(map(str, shape)) or "a scalar"

@@ -1,0 +1,166 @@
+"""The process that holds a vLLM engine: ``python -P -m stasc.sampling.vllm_worker PIPE PARENT OPTIONS``.
+
+``VLLMSampler`` starts it, kills it, and sends it messages ``(method of Engine, *arguments)``. Each is answered
+by what the method yields and then by None, or, once and for all, by a string that says what went wrong.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection
+
+from stasc.sampling.base import Draw, Request
+
+_PR_SET_PDEATHSIG = 1
+
+
+class WeightSwap:
+    """What vLLM's worker class learns from us; vLLM makes it one of its bases."""
+
+    def swap_weights(self, folder: str) -> None:
+        """Replace the weights by those of the folder, in place."""
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+        self.reload_weights(weights_path=folder)
+        if self.device.type == "cpu":
+            # A tied lm_head is not in the file, so vLLM keeps the product it packed from the old weights.
+            for module in self.model_runner.get_model().modules():
+                if isinstance(module, ParallelLMHead):
+                    module.quant_method.process_weights_after_loading(module)
+
+
+class Engine:
+    """A vLLM engine with the weights of one folder at a time.
+
+    Args:
+        model: Folder to start with.
+        dtype: Of weights and activations, whatever the folders loaded later say.
+        context: Tokens of the longest prompt and its completion together.
+        kv_cache_bytes: Size of the key-value cache; vLLM would take almost all memory there is.
+        on_cpu: Whether the engine runs on CPU.
+    """
+
+    def __init__(self, model: str, dtype: str, context: int, kv_cache_bytes: int, on_cpu: bool) -> None:
+        from vllm import EngineArgs, LLMEngine
+        from vllm.usage.usage_lib import UsageContext
+
+        if on_cpu:
+            # A seeded request whose prefill is chunked kills the CPU engine, so the longest must fit one batch.
+            special = {
+                "enforce_eager": True,
+                "block_size": 32,
+                "enable_chunked_prefill": False,
+                "max_num_batched_tokens": max(context, 4096),
+            }
+        else:
+            # vLLM refuses to start unless this share of the GPU is free, though it does not take it.
+            special = {"enable_sleep_mode": True, "gpu_memory_utilization": 0.01}
+        arguments = EngineArgs(
+            model=model,
+            dtype=dtype,
+            max_model_len=context,
+            kv_cache_memory_bytes=kv_cache_bytes,
+            enable_prefix_caching=True,
+            skip_tokenizer_init=True,
+            seed=0,
+            disable_log_stats=True,
+            worker_extension_cls="stasc.sampling.vllm_worker.WeightSwap",
+            **special,
+        )
+        # The context in which vLLM's defaults are those for batches rather than for serving.
+        self._engine = LLMEngine.from_engine_args(arguments, usage_context=UsageContext.LLM_CLASS)
+        self._model = model
+        self._asleep = False
+
+    def load(self, model: str) -> Iterator[tuple[int, list[Draw]]]:
+        """Take the weights of another folder."""
+        if model != self._model or self._asleep:
+            if self._asleep:
+                self._engine.wake_up(["weights"])
+            self._engine.collective_rpc("swap_weights", args=(model,))
+            if self._asleep:
+                self._engine.wake_up(["kv_cache"])
+            if not self._engine.reset_prefix_cache():
+                raise RuntimeError("the prefix cache still holds what the old weights made")
+            self._model = model
+            self._asleep = False
+        yield from ()
+
+    def release(self) -> Iterator[tuple[int, list[Draw]]]:
+        """Give up the memory of weights and cache until the next ``load`` or ``sample``."""
+        if not self._asleep:
+            self._engine.sleep(level=2)
+            self._asleep = True
+        yield from ()
+
+    def sample(
+        self, requests: Sequence[tuple[int, Request]], sampling: dict[str, float], stop_ids: list[int]
+    ) -> Iterator[tuple[int, list[Draw]]]:
+        """Yield the draws of each numbered request as it is finished."""
+        from vllm import SamplingParams
+        from vllm.inputs.engine import tokens_input
+        from vllm.sampling_params import RequestOutputKind
+
+        yield from self.load(self._model)
+        greedy = sampling["temperature"] == 0
+        copies = {}
+        for i, (prompt_ids, n, seed) in requests:
+            copies[str(i)] = n if greedy else 1  # vLLM refuses more than one greedy completion
+            parameters = SamplingParams(
+                n=1 if greedy else n,
+                seed=None if greedy else seed,  # child j draws from seed + j
+                **sampling,
+                top_k=0,
+                min_p=0.0,
+                repetition_penalty=1.0,
+                presence_penalty=0.0,
+                frequency_penalty=0.0,
+                stop_token_ids=stop_ids,
+                ignore_eos=True,  # the model's own end tokens stop nothing, unless they are among stop_ids
+                min_tokens=0,
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+            self._engine.add_request(str(i), tokens_input(list(prompt_ids)), parameters)
+        while self._engine.has_unfinished_requests():
+            for output in self._engine.step():
+                if output.finished:
+                    completions = sorted(output.outputs, key=lambda completion: completion.index)
+                    draws = [_draw(c.token_ids, c.finish_reason == "stop") for c in completions]
+                    yield int(output.request_id), draws * copies.pop(output.request_id)
+
+
+def _draw(token_ids: Sequence[int], finished: bool) -> Draw:
+    return Draw(tuple(token_ids[:-1] if finished else token_ids), finished)
+
+
+def main() -> None:
+    """Serve one parent until its end of the pipe is closed."""
+    pipe, parent, options = Connection(int(sys.argv[1])), int(sys.argv[2]), json.loads(sys.argv[3])
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it was gone before we asked to be told
+        return
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        engine = Engine(**options)
+        while True:
+            method, *arguments = pipe.recv()
+            for answer in getattr(engine, method)(*arguments):
+                pipe.send(answer)
+            pipe.send(None)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return
+    except Exception as error:
+        traceback.print_exc()
+        pipe.send(f"{type(error).__name__}: {' '.join(str(error).split())}"[:600])
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
