@@ -2,5 +2,6 @@
 
 from callbacks.evaluation import Evaluation
 from callbacks.outer_loop import OuterLoop
+from callbacks.progress import IterationProgressBar
 
-__all__ = ["Evaluation", "OuterLoop"]
+__all__ = ["Evaluation", "IterationProgressBar", "OuterLoop"]

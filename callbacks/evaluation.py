@@ -73,6 +73,7 @@ class Evaluation(Callback):
             print(summary_line(metrics), flush=True)
         trainer.strategy.barrier("metrics are written")
 
+
 def scores(trajectories: Sequence[Trajectory], threshold: float) -> dict[str, float]:
     """Mean rewards and transitions of trajectories."""
     # All of them are on rank 0, which alone computes this: there is nothing to synchronise.

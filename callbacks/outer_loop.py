@@ -1,4 +1,4 @@
-"""The outer loop of Algorithm 1 inside one ``fit``: which weights an iteration starts from, and M_n at its end."""
+"""The outer loop of Algorithm 1 inside one ``fit``: what an iteration trains, and M_n at its end."""
 
 from __future__ import annotations
 
@@ -39,9 +39,14 @@ class OuterLoop(Callback):
         self.losses = state_dict["losses"]
 
     def setup(self, trainer: Trainer, pl_module: CorrectionSFT, stage: str) -> None:
-        """Refuse trainer settings under which iterations would be silently wrong."""
-        if stage == "fit" and trainer.reload_dataloaders_every_n_epochs != 1:
-            raise UserError("trainer.reload_dataloaders_every_n_epochs must stay 1: every iteration has its own D_n.")
+        """Keep Lightning's own validation loop out: M_n is evaluated where the sampler holds it."""
+        if stage != "fit":
+            return
+        trainer.limit_val_batches = 0
+        if trainer.reload_dataloaders_every_n_epochs != 1:
+            raise UserError(
+                "trainer.reload_dataloaders_every_n_epochs must stay 1: every iteration has its own D_n."
+            )
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: CorrectionSFT) -> None:
         """Step 4 begins: base model by policy, fresh optimiser and schedule."""
@@ -59,11 +64,13 @@ class OuterLoop(Callback):
         trainer.strategy.setup_optimizers(trainer)
         self.losses = []
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: CorrectionSFT, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: CorrectionSFT, batch: Any, batch_idx: int
+    ) -> None:
         """Guard against a resume that would train without the start of its iteration."""
         if self.prepared != trainer.datamodule.iteration:
             raise RuntimeError(
-                f"iteration {trainer.datamodule.iteration} would train on what was prepared for {self.prepared}"
+                f"iteration {trainer.datamodule.iteration} would train what was prepared for {self.prepared}"
             )
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: CorrectionSFT) -> None:

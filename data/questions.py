@@ -92,7 +92,8 @@ class QuestionFile(QuestionSource):
         def column(name: str, option: str) -> Any:
             if name not in row:
                 raise UserError(
-                    f"{place}: there is no column '{name}' (there are: {', '.join(row)}); name it with `{option}`."
+                    f"{place}: there is no column '{name}' (there are: {', '.join(row)}); "
+                    f"name it with `{option}`."
                 )
             return row[name]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
@@ -92,7 +92,7 @@ class TrajectoryDataModule(LightningDataModule):
 
     @property
     def epochs_done(self) -> int:
-        """Training epochs that lie behind, in the whole run; unlike ``current_epoch`` right after a resume too."""
+        """Training epochs of the run that are done; right after a resume too, as ``current_epoch`` is not."""
         return self.trainer.fit_loop.epoch_progress.current.processed
 
     @property
@@ -196,9 +196,9 @@ class TrajectoryDataModule(LightningDataModule):
         self._write_output(trajectories)
         return self._shared_out(trajectories)
 
-    def val_dataloader(self) -> Any:
-        """As ``test_dataloader`` for ``validate``; while fitting, the Evaluation callback does this."""
-        return [] if self.trainer.state.fn == "fit" else self.test_dataloader()
+    def val_dataloader(self) -> DataLoader:
+        """As ``test_dataloader``; the paper has no validation split."""
+        return self.test_dataloader()
 
     def predict_dataloader(self) -> DataLoader:
         """Trajectories of the ``predict`` questions by ``model.base``, this process's share."""

@@ -1,4 +1,4 @@
-"""The choices of Algorithm 1 (section 2.2 of the paper): what a variant's three letters mean, and how often."""
+"""The choices of Algorithm 1 (section 2.2 of the paper): a variant's three letters, and the sizes."""
 
 from __future__ import annotations
 
@@ -53,5 +53,5 @@ class Algorithm:
         return self.variant[2] == "E"
 
     def iteration(self, epochs_done: int) -> int:
-        """The iteration n in 1..N that is under way after ``epochs_done`` training epochs of the whole run."""
+        """The iteration n in 1..N that is under way after ``epochs_done`` training epochs."""
         return min(epochs_done // self.epochs + 1, self.iterations)

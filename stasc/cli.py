@@ -16,8 +16,9 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from transformers.utils.logging import disable_progress_bar
 
-from callbacks import Evaluation, OuterLoop
+from callbacks import Evaluation, IterationProgressBar, OuterLoop
 from data import TrajectoryDataModule, demo
 from stasc.algorithm import Algorithm
 from stasc.errors import UserError
@@ -74,6 +75,8 @@ class STaSCCLI(LightningCLI):
             save_on_train_epoch_end=True,
         )
         kwargs["callbacks"] = [*(given.callbacks or []), Evaluation(), OuterLoop(), checkpoint]
+        if given.enable_progress_bar is not False:
+            kwargs["callbacks"].append(IterationProgressBar())
         return super().instantiate_trainer(**kwargs)
 
     def after_instantiate_classes(self) -> None:
@@ -97,6 +100,8 @@ def run() -> None:
     """Parse ``sys.argv`` and run; a user's mistake ends in one sentence on standard error and status 2."""
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.. is deprecated.*")
+    disable_progress_bar()  # of transformers, for every load and save of a model
     try:
         STaSCCLI(
             CorrectionSFT,

@@ -36,6 +36,7 @@ class CosineWithWarmup:
         self.warmup = math.ceil(steps * warmup_ratio)
 
     def __call__(self, step: int) -> float:
+        """The factor in optimiser step ``step``, counted from 0."""
         if step < self.warmup:
             return (step + 1) / (self.warmup + 1)
         return 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / max(1, self.steps - self.warmup)))
@@ -119,7 +120,7 @@ class CorrectionSFT(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by the norm over all shards: FSDP has a method of its own for that, which Lightning does not call."""
+        """Clip by the norm over all shards, for which FSDP has a method that Lightning does not call."""
         if isinstance(self.trainer.strategy, FSDPStrategy) and gradient_clip_val:
             self.trainer.strategy.model.clip_grad_norm_(gradient_clip_val)
         else:

@@ -20,9 +20,9 @@ IGNORED = -100
 class Batch:
     """A micro-batch of one process.
 
-    ``input_ids``, ``attention_mask`` and ``labels`` are int64 of shape [examples, tokens], padded on the right;
-    ``labels`` is ``IGNORED`` wherever no correction token stands. ``step_tokens`` counts the correction tokens
-    of the whole optimiser step: over all its micro-batches on all processes.
+    ``input_ids``, ``attention_mask`` and ``labels`` are int64 of shape [examples, tokens], padded on the
+    right; ``labels`` is ``IGNORED`` wherever no correction token stands. ``step_tokens`` counts the
+    correction tokens of the whole optimiser step: over all its micro-batches on all processes.
     """
 
     input_ids: Tensor

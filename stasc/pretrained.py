@@ -38,10 +38,10 @@ def locate(model: str) -> Path:
     if (folder / "config.json").is_file():
         return folder.resolve()
     if folder.is_dir():
-        raise UserError(f"{folder} has no config.json: model.base must be a Hugging Face model folder or hub id.")
+        raise UserError(f"{folder} has no config.json: model.base must be a model folder or a hub id.")
     try:
         return Path(snapshot_download(model, allow_patterns=["*.safetensors", *_CONFIGURATION_FILES]))
-    except Exception as error:  # the hub client raises a dozen unrelated types; all mean that it is not to be had
+    except Exception as error:  # the hub client raises a dozen unrelated types
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(
             f"model.base '{model}' is not a folder here, and the Hugging Face hub did not give it ({reason})."
@@ -91,9 +91,7 @@ def export(wrapped: torch.nn.Module, base: Path, folder: Path) -> None:
     Everything but the weights (tokenizer, chat template, generation config, config with its dtype) is that
     of the folder ``base``, so M_n goes wherever M_0 went.
     """
-    weights = get_model_state_dict(
-        wrapped, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-    )
+    weights = get_model_state_dict(wrapped, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if dist.is_initialized() and dist.get_rank() != 0:
         return
     config = AutoConfig.from_pretrained(base)

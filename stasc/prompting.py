@@ -32,7 +32,7 @@ class Prompts:
 
     Args:
         initial: Messages that ask for an initial answer; ``{question}`` stands for the question.
-        correction: Messages that ask for a correction; ``{initial_answer}`` stands for what is to be corrected.
+        correction: Messages that ask for a correction; ``{initial_answer}`` stands for what may be wrong.
     """
 
     initial: list[Message]
@@ -46,7 +46,7 @@ class Prompts:
             text = "".join(message.content for message in getattr(self, prompt))
             for placeholder in placeholders:
                 if placeholder not in text:
-                    raise UserError(f"data.prompts.{prompt} has no {placeholder}: add it to one of its messages.")
+                    raise UserError(f"data.prompts.{prompt} has no {placeholder}: put it into a message.")
 
 
 class Dialogue:
@@ -140,7 +140,7 @@ class Dialogue:
             return False
 
     def _find_end_of_turn(self) -> int:
-        """The first special token that the template puts after an assistant's words, else the tokenizer's eos."""
+        """The first special token after an assistant's words in the template, else the tokenizer's eos."""
         probe = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "ANSWER-PROBE"}]
         _, _, rest = self.tokenizer.apply_chat_template(probe, tokenize=False).rpartition("ANSWER-PROBE")
         for token_id in self.tokenizer.encode(rest, add_special_tokens=False):

@@ -67,8 +67,8 @@ class Rollout:
         for answer, request in zip(answers, requests, strict=True):
             if len(request.prompt_ids) + sampling.max_tokens > self.context:
                 raise UserError(
-                    f"{stage}, question '{answer.question.id}': with its initial answer the correction prompt is "
-                    f"{len(request.prompt_ids)} tokens long, which leaves no room for max_tokens "
+                    f"{stage}, question '{answer.question.id}': with its initial answer the correction "
+                    f"prompt is {len(request.prompt_ids)} tokens long, which leaves no room for max_tokens "
                     f"{sampling.max_tokens} in {self.context}; lower max_tokens or shorten the prompts."
                 )
         return [

@@ -1,4 +1,4 @@
-"""Sampling with plain Hugging Face ``generate``, in the training process: slower than vLLM, and always there."""
+"""Sampling with Hugging Face ``generate`` in the training process: slower than vLLM, and always there."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class TransformersSampler(Sampler):
         self._device, self._context = device, context
 
     def load(self, model: Path) -> None:
-        """See ``Sampler``; a folder whose tensors are not those of the folder given to ``start`` is refused."""
+        """See ``Sampler``; refuses a folder whose tensors are not those of the one given to ``start``."""
         model = model.resolve()
         if model == self._model:
             return
@@ -137,14 +137,9 @@ class _SeededDraw(LogitsProcessor):
         if sampling.top_p < 1:
             self._warpers.append(TopPLogitsWarper(sampling.top_p))
         self._prompt_width = prompt_width
-        self._uniform = torch.stack(
-            [
-                torch.rand(
-                    sampling.max_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.double
-                )
-                for seed in seeds
-            ]
-        ).to(device)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        uniform = [torch.rand(sampling.max_tokens, generator=g, dtype=torch.double) for g in generators]
+        self._uniform = torch.stack(uniform).to(device)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         for warper in self._warpers:

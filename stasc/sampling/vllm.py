@@ -27,21 +27,16 @@ _logger = logging.getLogger(__name__)
 _GIB = 1 << 30
 
 # What a launcher tells the training process; vLLM would take it for itself.
-_SCRUBBED = (
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_RANK",
-    "LOCAL_WORLD_SIZE",
-    "NODE_RANK",
-    "GROUP_",
-    "ROLE_",
-    "MASTER_",
-)
-_SCRUBBED += ("TORCHELASTIC_", "LD_PRELOAD", "VLLM_CPU_KVCACHE_SPACE")
+_SCRUBBED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_", "ROLE_")
+_SCRUBBED += ("MASTER_", "TORCHELASTIC_", "LD_PRELOAD", "VLLM_CPU_KVCACHE_SPACE")
 
 
 class EngineDied(RuntimeError):
     """The worker process ended without a word."""
+
+
+class EngineFailed(RuntimeError):
+    """The worker process ended with an exception, and this is what it said."""
 
 
 class VLLMSampler(Sampler):
@@ -63,7 +58,7 @@ class VLLMSampler(Sampler):
         self._engine: _Engine | None = None
 
     def start(self, model: Path, *, device: torch.device, context: int, log: Path) -> None:
-        """See ``Sampler``; the engine starts in the background, and the first ``load`` or ``sample`` waits."""
+        """See ``Sampler``; the engine starts in the background, and whoever needs it first waits."""
         if importlib.util.find_spec("vllm") is None:
             raise UserError(
                 "vLLM is not installed: install it with ./setup.sh, or go without it by "
@@ -78,12 +73,15 @@ class VLLMSampler(Sampler):
             "dtype": model_dtype(self._model),
             "context": context,
             "kv_cache_bytes": int(self.kv_cache_gib * _GIB),
-            "on_cpu": device.type == "cpu",
+            "device": device.type,
         }
         self._engine = self._launch()
 
     def load(self, model: Path) -> None:
-        """See ``Sampler``; a folder whose tensors are not those of the folder given to ``start`` is refused."""
+        """See ``Sampler``; refuses a folder whose tensors are not those of the one given to ``start``.
+
+        An engine that is started again, or woken after ``release``, reads the folder again.
+        """
         model = model.resolve()
         if model == self._model:
             return
@@ -106,7 +104,7 @@ class VLLMSampler(Sampler):
     def close(self) -> None:
         """See ``Sampler``."""
         if self._engine is not None:
-            self._engine.kill()
+            self._engine.close()
             self._engine = None
 
     def _sample(
@@ -131,31 +129,44 @@ class VLLMSampler(Sampler):
                     yield answer
                 return
             except EngineDied as death:
-                self.close()
+                self._abandon()
                 if replaced:
                     raise UserError(
                         f"The sampling engine died twice in a row ({death}; what it said is in {self._log}): "
-                        f"if memory ran out lower kv_cache_gib (now {self.kv_cache_gib:g}), and the same command "
-                        "goes on where it stopped."
+                        f"if memory ran out, lower kv_cache_gib (now {self.kv_cache_gib:g}); "
+                        "the same command goes on where it stopped."
                     ) from death
                 replaced = True
-                _logger.warning("The sampling engine died (%s); starting another (%s).", death, self._log)
-            except BaseException:  # also a caller that went away: the answers left in the pipe are nobody's
+                _logger.warning("The sampling engine died (%s; see %s): starting another.", death, self._log)
+            except EngineFailed as failure:
                 self.close()
+                advice = self._advice(str(failure))
+                raise UserError(
+                    f"The sampling engine failed ({failure}; more in {self._log}).{advice}"
+                ) from failure
+            except BaseException:  # also a caller that went away: the answers left in the pipe are nobody's
+                self._abandon()
                 raise
 
+    def _abandon(self) -> None:
+        if self._engine is not None:
+            self._engine.kill()
+            self._engine = None
+
+    def _advice(self, failure: str) -> str:
+        if "memory" not in failure.lower():
+            return ""
+        verb = "Raise" if "at least one request" in failure else "Lower"
+        return f" {verb} kv_cache_gib (now {self.kv_cache_gib:g})."
+
     def _launch(self) -> _Engine:
-        options = {"model": str(self._model), **self._options}
-        return _Engine(options, _environment(self._device), self._log, self.kv_cache_gib)
+        return _Engine({"model": str(self._model), **self._options}, _environment(self._device), self._log)
 
 
 class _Engine:
     """One life of the worker process."""
 
-    def __init__(
-        self, options: dict[str, object], environment: dict[str, str], log: Path, gib: float
-    ) -> None:
-        self._log, self._gib = log, gib
+    def __init__(self, options: dict[str, object], environment: dict[str, str], log: Path) -> None:
         self._pipe, theirs = Pipe()
         worker = ("-P", "-m", "stasc.sampling.vllm_worker", str(theirs.fileno()), str(os.getpid()))
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -185,16 +196,15 @@ class _Engine:
             self.kill()
             raise EngineDied(f"exit status {self._process.returncode}") from error
         if isinstance(answer, str):
-            raise UserError(
-                f"The sampling engine failed ({answer}; more in {self._log}).{self._advice(answer)}"
-            )
+            raise EngineFailed(answer)
         return answer
 
-    def _advice(self, failure: str) -> str:
-        if "memory" not in failure.lower():
-            return ""
-        verb = "Raise" if "at least one request" in failure else "Lower"
-        return f" {verb} kv_cache_gib (now {self._gib:g})."
+    def close(self) -> None:
+        """Let the worker tidy up and end, if it is not busy."""
+        self._pipe.close()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=5)
+        self.kill()
 
     def kill(self) -> None:
         """End the worker and whatever it started."""
@@ -214,10 +224,11 @@ def _environment(device: torch.device) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
     }
     if device.type == "cpu":
-        # Training waits while the engine samples, so it may have training's threads, if they do not spin after.
+        # Training waits while the engine samples, so it may have as many threads, if they do not spin.
         return environment | {
             "OMP_NUM_THREADS": str(torch.get_num_threads()),
             "OMP_WAIT_POLICY": "PASSIVE",
+            "CUDA_VISIBLE_DEVICES": "",
         }
     index = torch.cuda.current_device() if device.index is None else device.index
     visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
@@ -230,7 +241,7 @@ def check_requests(
     """Find what an engine would answer with a crash, a shorter completion or nonsense.
 
     Raises:
-        ValueError: A prompt is empty, too long or has ids outside of the vocabulary, or n or seed is impossible.
+        ValueError: A prompt is empty, too long or has unknown ids, or n or seed is impossible.
     """
     for i, (prompt_ids, n, seed) in enumerate(requests):
         if not prompt_ids or n < 1 or seed < 0:
@@ -249,9 +260,7 @@ def read_config(folder: Path) -> dict[str, object]:
     try:
         return json.loads((folder / "config.json").read_text())
     except (OSError, json.JSONDecodeError) as error:
-        raise UserError(
-            f"{folder} is not a model folder: its config.json cannot be read ({error})."
-        ) from error
+        raise UserError(f"{folder} is no model folder: config.json cannot be read ({error}).") from error
 
 
 def model_dtype(folder: Path) -> str:
@@ -292,8 +301,8 @@ def check_same_tensors(expected: dict[str, tuple[int, ...]], folder: Path) -> No
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise UserError(
-                f"{folder} is not of the sampled model's architecture: {name} is {_shape(found.get(name))} there "
-                f"and {_shape(expected.get(name))} in the first model."
+                f"{folder} is not of the first model's architecture: {name} is {_shape(found.get(name))}, "
+                f"not {_shape(expected.get(name))}."
             )
 
 

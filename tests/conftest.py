@@ -1,0 +1,116 @@
+"""Tiny models with real tokenizers, and the program as a user starts it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import Phi3Config, Phi3ForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+
+ROOT = Path(__file__).parent.parent
+
+QWEN_TEMPLATE = (
+    "{%- if messages[0]['role'] == 'system' %}"
+    "{{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}"
+    "{%- else %}{{- '<|im_start|>system\\nYou are Qwen, created by Alibaba Cloud. "
+    "You are a helpful assistant.<|im_end|>\\n' }}{%- endif %}"
+    "{%- for message in messages %}{%- if message.role != 'system' or not loop.first %}"
+    "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}"
+    "{%- endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+)
+PHI3_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{'<|system|>\\n' + message['content'] + '<|end|>\\n'}}"
+    "{% elif message['role'] == 'user' %}{{'<|user|>\\n' + message['content'] + '<|end|>\\n'}}"
+    "{% elif message['role'] == 'assistant' %}{{'<|assistant|>\\n' + message['content'] + '<|end|>\\n'}}"
+    "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+# Refuses a system message and any two messages of one role in a row, as Gemma's does.
+NO_SYSTEM_TEMPLATE = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for message in messages %}"
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate') }}{% endif %}"
+    "{{ '<turn>' + message['role'] + '\\n' + message['content'] + '</turn>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<turn>assistant\\n' }}{% endif %}"
+)
+TEMPLATES = {
+    "qwen2": (QWEN_TEMPLATE, "<|im_end|>", ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]),
+    "phi3": (PHI3_TEMPLATE, "<|endoftext|>", ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]),
+    "no-system": (NO_SYSTEM_TEMPLATE, "<eos>", ["<turn>", "</turn>"]),
+}
+
+
+def tiny_tokenizer(kind: str) -> Qwen2Tokenizer:
+    """Byte-level, with the special tokens and the chat template of a model family."""
+    template, eos, specials = TEMPLATES[kind]
+    return Qwen2Tokenizer(
+        vocab={byte: i for i, byte in enumerate(sorted(ByteLevel.alphabet()))},
+        merges=[],
+        unk_token=None,
+        eos_token=eos,
+        pad_token="<|pad|>",
+        extra_special_tokens=[token for token in specials if token != eos],
+        chat_template=template,
+    )
+
+
+def tiny_model(folder: Path, kind: str = "qwen2", context: int = 8192) -> Path:
+    """A random model of a family as a Hugging Face folder."""
+    tokenizer = tiny_tokenizer(kind)
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": context,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "dtype": "float32",
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if kind == "phi3":
+            model = Phi3ForCausalLM(Phi3Config(**sizes, bos_token_id=None, sliding_window=2047))
+        else:
+            model = Qwen2ForCausalLM(Qwen2Config(**sizes, tie_word_embeddings=True, initializer_range=0.1))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory) -> Path:
+    """Where the demo's M_0 of this test session lies."""
+    return tmp_path_factory.mktemp("cache")
+
+
+def stasc_environment(cache: Path) -> dict[str, str]:
+    environment = {**os.environ, "STASC_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    return environment
+
+
+@pytest.fixture
+def stasc(cache):
+    """Runs ``python -m stasc`` to its end and gives the finished process."""
+
+    def run(*arguments: object, cwd: Path = ROOT, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "stasc", *map(str, arguments)],
+            cwd=cwd,
+            env=stasc_environment(cache),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    return run

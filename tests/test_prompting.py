@@ -1,0 +1,142 @@
+"""Prompts through three families of chat templates: the very tokens, and where the correction begins and ends."""
+
+import pytest
+import yaml
+from conftest import ROOT, tiny_tokenizer
+from stasc.errors import UserError
+from stasc.packing import IGNORED, pad
+from stasc.prompting import Dialogue, Message, Prompts
+from stasc.trajectory import Completion, Question, Trajectory
+from transformers import GenerationConfig
+
+PROMPTS = Prompts(
+    initial=[Message("system", "Be brief."), Message("user", "Q: {question}")],
+    correction=[
+        Message("system", "Correct it."),
+        Message("user", "Q: 1+1?\nA: 3"),
+        Message("assistant", "2"),
+        Message("user", "Q: {question}\nA: {initial_answer}"),
+    ],
+)
+
+# Written out by hand: what the model reads before it corrects, and what ends its turn.
+RENDERED = {
+    "qwen2": (
+        "<|im_start|>system\nCorrect it.<|im_end|>\n<|im_start|>user\nQ: 1+1?\nA: 3<|im_end|>\n"
+        "<|im_start|>assistant\n2<|im_end|>\n<|im_start|>user\nQ: 2+2?\nA: five<|im_end|>\n"
+        "<|im_start|>assistant\n",
+        "<|im_end|>",
+    ),
+    "phi3": (
+        "<|system|>\nCorrect it.<|end|>\n<|user|>\nQ: 1+1?\nA: 3<|end|>\n<|assistant|>\n2<|end|>\n"
+        "<|user|>\nQ: 2+2?\nA: five<|end|>\n<|assistant|>\n",
+        "<|end|>",
+    ),
+    "no-system": (
+        "<turn>user\nCorrect it.\n\nQ: 1+1?\nA: 3</turn>\n<turn>assistant\n2</turn>\n"
+        "<turn>user\nQ: 2+2?\nA: five</turn>\n<turn>assistant\n",
+        "</turn>",
+    ),
+}
+
+
+def trajectory(tokenizer, correction: str, finished: bool) -> Trajectory:
+    said = Completion(correction, tuple(tokenizer.encode(correction)), finished)
+    return Trajectory(Question("q", "2+2?", ("4",)), 0, 0, Completion("five\n", (), True), said, 0.0, 1.0)
+
+
+@pytest.mark.parametrize("kind", RENDERED)
+def test_only_the_correction_and_its_end_of_turn_carry_loss(kind):
+    tokenizer = tiny_tokenizer(kind)
+    dialogue = Dialogue(tokenizer, PROMPTS)
+    before, end = RENDERED[kind]
+    example = dialogue.training_example(trajectory(tokenizer, "four, sorry", finished=True))
+    batch = pad([example], step_tokens=12)
+    whole = batch.input_ids[0].tolist()
+    assert tokenizer.decode(whole) == before + "four, sorry" + end
+    learnt = [token for token, label in zip(whole, batch.labels[0].tolist(), strict=True) if label != IGNORED]
+    assert tokenizer.decode(learnt) == "four, sorry" + end
+    assert batch.labels[0, len(whole) - len(learnt) :].tolist() == learnt
+
+
+@pytest.mark.parametrize("kind", RENDERED)
+def test_the_prompt_in_training_is_the_prompt_in_sampling(kind):
+    tokenizer = tiny_tokenizer(kind)
+    dialogue = Dialogue(tokenizer, PROMPTS)
+    prompt, _ = dialogue.training_example(trajectory(tokenizer, "four", finished=True))
+    assert prompt == dialogue.correction_prompt("2+2?", "five\n")
+    assert tokenizer.decode(prompt) == RENDERED[kind][0]
+
+
+@pytest.mark.parametrize("kind", RENDERED)
+def test_a_correction_that_was_cut_teaches_no_end_of_turn(kind):
+    tokenizer = tiny_tokenizer(kind)
+    _, target = Dialogue(tokenizer, PROMPTS).training_example(trajectory(tokenizer, "fou", finished=False))
+    assert tokenizer.decode(target) == "fou"
+
+
+def test_qwen_keeps_its_default_system_prompt_where_we_give_none():
+    prompts = Prompts([Message("user", "Q: {question}")], PROMPTS.correction)
+    tokenizer = tiny_tokenizer("qwen2")
+    assert tokenizer.decode(Dialogue(tokenizer, prompts).initial_prompt("2+2?")) == (
+        "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\nQ: 2+2?<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_a_template_that_drops_the_system_message_without_a_word_still_gets_it():
+    tokenizer = tiny_tokenizer("phi3")
+    tokenizer.chat_template = tokenizer.chat_template.replace("message['role'] == 'system'", "false")
+    text = tokenizer.decode(Dialogue(tokenizer, PROMPTS).initial_prompt("2+2?"))
+    assert text == "<|user|>\nBe brief.\n\nQ: 2+2?<|end|>\n<|assistant|>\n"
+
+
+def test_completions_stop_at_the_end_of_turn_and_at_all_ends_of_the_model():
+    tokenizer = tiny_tokenizer("phi3")
+    config = GenerationConfig(eos_token_id=[7, 9])
+    ends = {7, 9, tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|end|>")}
+    assert set(Dialogue(tokenizer, PROMPTS, config).stop_ids) == ends
+
+
+def test_a_template_without_special_tokens_ends_turns_with_the_eos_token():
+    tokenizer = tiny_tokenizer("qwen2")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    assert Dialogue(tokenizer, PROMPTS).end_of_turn == tokenizer.eos_token_id
+
+
+def test_placeholders_in_questions_and_answers_stay_as_they_are():
+    tokenizer = tiny_tokenizer("qwen2")
+    prompt = Dialogue(tokenizer, PROMPTS).correction_prompt("what is {initial_answer}?", "{question} {x}")
+    assert "Q: what is {initial_answer}?\nA: {question} {x}<|im_end|>" in tokenizer.decode(prompt)
+
+
+def test_a_tokenizer_without_chat_template_is_refused():
+    tokenizer = tiny_tokenizer("qwen2")
+    tokenizer.chat_template = None
+    with pytest.raises(UserError, match="has no chat template"):
+        Dialogue(tokenizer, PROMPTS)
+
+
+def test_messages_that_the_template_refuses_are_named():
+    prompts = Prompts(
+        [Message("user", "Hello."), Message("user", "Q: {question}")], correction=PROMPTS.correction
+    )
+    with pytest.raises(UserError, match=r"refuses the messages .*roles must alternate"):
+        Dialogue(tiny_tokenizer("no-system"), prompts).initial_prompt("2+2?")
+
+
+def test_a_prompt_without_its_placeholder_is_refused():
+    with pytest.raises(UserError, match=r"data\.prompts\.correction has no \{initial_answer\}"):
+        Prompts(PROMPTS.initial, [Message("user", "{question}")])
+
+
+def test_the_papers_prompts_are_two_shot_for_corrections_only():
+    raw = yaml.safe_load((ROOT / "configs/prompts/paper.yaml").read_text())
+    roles = {name: [message["role"] for message in messages] for name, messages in raw.items()}
+    assert roles["initial"] == ["system", "user"]
+    assert roles["correction"] == ["system", "user", "assistant", "user", "assistant", "user"]
+    prompts = Prompts(**{name: [Message(**message) for message in raw[name]] for name in raw})
+    tokenizer = tiny_tokenizer("no-system")
+    text = tokenizer.decode(Dialogue(tokenizer, prompts).correction_prompt("who?", "me"))
+    assert text.count("Write a correction if the initial answer is incorrect.</turn>") == 3
+    assert "Final Answer: Ellen Page (now Elliot Page)</turn>" in text
