@@ -29,7 +29,7 @@ class QuestionSource(ABC):
 
 
 class QuestionFile(QuestionSource):
-    """Rows of a JSONL file, or of a data set on the Hugging Face hub.
+    """Rows of a JSONL file, or of a data set on the Hugging Face hub (or in a folder laid out like one).
 
     Args:
         path: A ``.jsonl`` file with one object per line, or a hub id such as ``user/name``.
@@ -69,7 +69,7 @@ class QuestionFile(QuestionSource):
         path = Path(self.path).expanduser()
         if path.is_file():
             yield from _jsonl_rows(path)
-        elif path.exists() or path.suffix in (".jsonl", ".json") or self.path.count("/") > 1:
+        elif path.suffix in (".jsonl", ".json") or (self.path.count("/") > 1 and not path.is_dir()):
             raise UserError(f"{self.path} is not a file: data needs a JSONL file or a hub id.")
         else:
             yield from self._hub_rows()

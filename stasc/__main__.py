@@ -1,5 +1,6 @@
 """``python -m stasc fit|validate|test|predict --config FILE``."""
 
+import os
 import sys
 
 HELP = """usage: python -m stasc COMMAND --config FILE [--OPTION VALUE ...]
@@ -23,6 +24,8 @@ def main() -> None:
     if sys.argv[1:] in ([], ["-h"], ["--help"]):
         print(HELP)  # before any import: the libraries take seconds to load
         sys.exit(0 if sys.argv[1:] else 2)
+    # Threads that wait must not spin: sampling and training take turns on the same cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from stasc.cli import run
 
     run()

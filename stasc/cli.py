@@ -77,7 +77,10 @@ class STaSCCLI(LightningCLI):
         kwargs["callbacks"] = [*(given.callbacks or []), Evaluation(), OuterLoop(), checkpoint]
         if given.enable_progress_bar is not False:
             kwargs["callbacks"].append(IterationProgressBar())
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, TypeError, ValueError) as error:
+            raise UserError(f"the trainer's settings do not work here: {error}") from error
 
     def after_instantiate_classes(self) -> None:
         """Find mistakes in what the configuration points to, before an engine starts or a file is written."""
@@ -101,6 +104,7 @@ def run() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.. is deprecated.*")
+    warnings.filterwarnings("ignore", message=".*Detected call of `lr_scheduler.step.*")  # an empty D_n
     disable_progress_bar()  # of transformers, for every load and save of a model
     try:
         STaSCCLI(
@@ -112,6 +116,7 @@ def run() -> None:
                 "reload_dataloaders_every_n_epochs": 1,
                 "num_sanity_val_steps": 0,
                 "log_every_n_steps": 1,
+                "enable_model_summary": False,
                 "use_distributed_sampler": False,  # CorrectionBatches deals the steps out itself
             },
             parser_kwargs={"prog": "python -m stasc", "exit_on_error": False}

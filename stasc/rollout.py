@@ -88,9 +88,9 @@ class Rollout:
         ]
 
     def _seed(self, *path: str | int) -> int:
-        """A seed for one request, with room for the seeds of its draws (see ``Request``)."""
+        """The seed of one request: 32 bits, all that torch's CPU generator takes in."""
         key = "/".join(map(str, (self.seed, *path))).encode()
-        return int.from_bytes(hashlib.blake2b(key, digest_size=5).digest(), "big") << 16
+        return int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "big")
 
     def _complete(
         self, requests: Sequence[Request], sampling: Sampling, title: str

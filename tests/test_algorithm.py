@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+
 from stasc.algorithm import Algorithm
 from stasc.errors import UserError
 from stasc.filtering import improves, select, stays_right

@@ -1,13 +1,14 @@
-"""Prompts through three families of chat templates: the very tokens, and where the correction begins and ends."""
+"""Prompts through three families of chat templates: the very tokens, and where the correction lies."""
 
 import pytest
 import yaml
 from conftest import ROOT, tiny_tokenizer
+from transformers import GenerationConfig
+
 from stasc.errors import UserError
 from stasc.packing import IGNORED, pad
 from stasc.prompting import Dialogue, Message, Prompts
 from stasc.trajectory import Completion, Question, Trajectory
-from transformers import GenerationConfig
 
 PROMPTS = Prompts(
     initial=[Message("system", "Be brief."), Message("user", "Q: {question}")],

@@ -19,7 +19,7 @@ class Sampling:
     (no top-k, no penalty), whatever the model's ``generation_config.json`` says.
 
     Args:
-        temperature: Softmax temperature; 0 is greedy.
+        temperature: Softmax temperature, 0.01 to 2; 0 is greedy.
         top_p: Nucleus mass, in (0, 1].
         max_tokens: New tokens per completion at most.
     """
@@ -29,8 +29,8 @@ class Sampling:
     max_tokens: int = 256
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise UserError(f"temperature is {self.temperature}: it must be 0 (greedy) or more.")
+        if self.temperature != 0 and not 0.01 <= self.temperature <= 2:  # what vLLM takes
+            raise UserError(f"temperature is {self.temperature}: it must be 0 (greedy), or 0.01 to 2.")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}: it must lie in (0, 1].")
         if self.max_tokens < 1:
@@ -95,3 +95,23 @@ class Sampler(ABC):
     @abstractmethod
     def close(self) -> None:
         """End the engine. Nothing of it stays behind."""
+
+
+def check_requests(
+    requests: Sequence[Request], sampling: Sampling, context: int, vocabulary: int | None
+) -> None:
+    """Find what an engine would answer with a crash, a shorter completion or nonsense.
+
+    Raises:
+        ValueError: A prompt is empty, too long or has unknown ids, or n or seed is impossible.
+    """
+    for i, (prompt_ids, n, seed) in enumerate(requests):
+        if not prompt_ids or n < 1 or seed < 0:
+            raise ValueError(f"request {i} has {len(prompt_ids)} prompt tokens, n={n} and seed={seed}.")
+        if len(prompt_ids) + sampling.max_tokens > context:
+            raise ValueError(
+                f"request {i} has {len(prompt_ids)} prompt tokens, and with max_tokens={sampling.max_tokens} "
+                f"does not fit a context of {context}."
+            )
+        if min(prompt_ids) < 0 or (vocabulary is not None and max(prompt_ids) >= vocabulary):
+            raise ValueError(f"request {i} has token ids outside of the model's vocabulary of {vocabulary}.")

@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from stasc.errors import UserError
-from stasc.sampling.base import Draw, Request, Sampler, Sampling
-from stasc.sampling.vllm import check_requests, check_same_tensors, model_dtype, read_config, tensor_shapes
+from stasc.sampling.base import Draw, Request, Sampler, Sampling, check_requests
+from stasc.sampling.folder import check_same_tensors, model_dtype, read_config, tensor_shapes
 
 
 class TransformersSampler(Sampler):

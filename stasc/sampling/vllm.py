@@ -17,10 +17,10 @@ from multiprocessing import Pipe
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from stasc.errors import UserError
-from stasc.sampling.base import Draw, Request, Sampler, Sampling
+from stasc.sampling.base import Draw, Request, Sampler, Sampling, check_requests
+from stasc.sampling.folder import check_same_tensors, model_dtype, read_config, tensor_shapes
 
 _logger = logging.getLogger(__name__)
 
@@ -156,7 +156,8 @@ class VLLMSampler(Sampler):
     def _advice(self, failure: str) -> str:
         if "memory" not in failure.lower():
             return ""
-        verb = "Raise" if "at least one request" in failure else "Lower"
+        too_small = "at least one request" in failure or "No available memory for the cache" in failure
+        verb = "Raise" if too_small else "Lower"
         return f" {verb} kv_cache_gib (now {self.kv_cache_gib:g})."
 
     def _launch(self) -> _Engine:
@@ -233,78 +234,3 @@ def _environment(device: torch.device) -> dict[str, str]:
     index = torch.cuda.current_device() if device.index is None else device.index
     visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     return environment | {"CUDA_VISIBLE_DEVICES": visible[index] if visible else str(index)}
-
-
-def check_requests(
-    requests: Sequence[Request], sampling: Sampling, context: int, vocabulary: int | None
-) -> None:
-    """Find what an engine would answer with a crash, a shorter completion or nonsense.
-
-    Raises:
-        ValueError: A prompt is empty, too long or has unknown ids, or n or seed is impossible.
-    """
-    for i, (prompt_ids, n, seed) in enumerate(requests):
-        if not prompt_ids or n < 1 or seed < 0:
-            raise ValueError(f"request {i} has {len(prompt_ids)} prompt tokens, n={n} and seed={seed}.")
-        if len(prompt_ids) + sampling.max_tokens > context:
-            raise ValueError(
-                f"request {i} has {len(prompt_ids)} prompt tokens, and with max_tokens={sampling.max_tokens} "
-                f"does not fit a context of {context}."
-            )
-        if min(prompt_ids) < 0 or (vocabulary is not None and max(prompt_ids) >= vocabulary):
-            raise ValueError(f"request {i} has token ids outside of the model's vocabulary of {vocabulary}.")
-
-
-def read_config(folder: Path) -> dict[str, object]:
-    """The config.json of a model folder."""
-    try:
-        return json.loads((folder / "config.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{folder} is no model folder: config.json cannot be read ({error}).") from error
-
-
-def model_dtype(folder: Path) -> str:
-    """The dtype that a model folder asks for, or float32."""
-    config = read_config(folder)
-    return str(config.get("dtype") or config.get("torch_dtype") or "float32")
-
-
-def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors in a model folder, without what the others determine.
-
-    Raises:
-        UserError: There are none, or a file is damaged.
-    """
-    shapes = {}
-    try:
-        index = folder / "model.safetensors.index.json"
-        names = ["model.safetensors"]
-        if index.is_file():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        for name in names:
-            with safe_open(folder / name, "pt") as tensors:
-                shapes |= {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
-    except (OSError, KeyError, json.JSONDecodeError, SafetensorError) as error:
-        raise UserError(f"{folder} has no usable safetensors weights ({error}).") from error
-    if read_config(folder).get("tie_word_embeddings"):
-        shapes.pop("lm_head.weight", None)  # the embedding again, and some write it
-    return {name: shape for name, shape in shapes.items() if not name.endswith(".rotary_emb.inv_freq")}
-
-
-def check_same_tensors(expected: dict[str, tuple[int, ...]], folder: Path) -> None:
-    """Refuse weights that an engine holding ``expected`` would take in part, keeping old ones for the rest.
-
-    Raises:
-        UserError: Names or shapes differ.
-    """
-    found = tensor_shapes(folder)
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            raise UserError(
-                f"{folder} is not of the first model's architecture: {name} is {_shape(found.get(name))}, "
-                f"not {_shape(expected.get(name))}."
-            )
-
-
-def _shape(shape: tuple[int, ...] | None) -> str:
-    return "missing" if shape is None else "x".join(map(str, shape)) or "a scalar"
