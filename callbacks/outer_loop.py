@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.utilities import rank_zero_info
 
 from data import TrajectoryDataModule
 from stasc.errors import UserError
@@ -84,7 +83,7 @@ class OuterLoop(Callback):
         n, box = self.prepared, data.run.iteration(self.prepared)
         if not data.dataset:
             base = n - 1 if data.algorithm.evolving_finetuning else 0
-            rank_zero_info(f"iteration {n}: D_{n} is empty, so M_{n} is M_{base}.")
+            trainer.print(f"iteration {n}: D_{n} is empty, so M_{n} is M_{base}.", flush=True)
         if not data.missing(box.model):
             return
         if trainer.is_global_zero:

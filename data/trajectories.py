@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
@@ -191,33 +192,33 @@ class TrajectoryDataModule(LightningDataModule):
     # A model folder on its own: validate, test, predict
 
     def test_dataloader(self) -> DataLoader:
-        """Trajectories of the test questions by ``model.base``, this process's share."""
+        """Rewards (r1, r2) of the test questions' trajectories by ``model.base``, this process's share."""
         trajectories = self._answer_and_correct("test", 0, "test")
-        self._write_output(trajectories)
-        return self._shared_out(trajectories)
+        self._write_output(map(to_json, trajectories))
+        return self._share([(t.r1, t.r2) for t in trajectories])
 
     def val_dataloader(self) -> DataLoader:
         """As ``test_dataloader``; the paper has no validation split."""
         return self.test_dataloader()
 
     def predict_dataloader(self) -> DataLoader:
-        """Trajectories of the ``predict`` questions by ``model.base``, this process's share."""
+        """Corrections of the ``predict`` questions by ``model.base``, this process's share."""
         trajectories = self._answer_and_correct("predict", 0, "predict")
-        self._write_output(trajectories)
-        return self._shared_out(trajectories)
+        self._write_output(map(_both_turns, trajectories))
+        return self._share([t.correction.text for t in trajectories])
 
     def output_path(self, subcommand: str) -> Path:
         """Where a subcommand other than ``fit`` writes."""
         return Path(self.output) if self.output else self.run.folder / f"{subcommand}.jsonl"
 
-    def _write_output(self, trajectories: Sequence[Trajectory]) -> None:
+    def _write_output(self, lines: Iterable[str]) -> None:
         if self.trainer.is_global_zero:
             path = self.output_path(self.trainer.state.fn.value)
-            write_lines(path, map(to_json, trajectories))
-            print(f"\ntrajectories  {path}")
+            write_lines(path, lines)
+            print(f"answers and corrections  {path}", flush=True)
 
-    def _shared_out(self, trajectories: Sequence[Trajectory]) -> DataLoader:
-        share = trajectories[self.trainer.global_rank :: self.trainer.world_size]
+    def _share(self, values: Sequence[Any]) -> DataLoader:
+        share = values[self.trainer.global_rank :: self.trainer.world_size]
         return DataLoader(share, batch_size=64, collate_fn=list)
 
     # Stages and files
@@ -259,3 +260,15 @@ class TrajectoryDataModule(LightningDataModule):
             # answer that is tokenised again inside a prompt can be that much longer than it was sampled.
             longest = max(longest, initial, correction + 2 * answer)
         return min(longest, takes)
+
+
+def _both_turns(trajectory: Trajectory) -> str:
+    return json.dumps(
+        {
+            "id": trajectory.question.id,
+            "question": trajectory.question.text,
+            "initial_answer": trajectory.initial.text,
+            "correction": trajectory.correction.text,
+        },
+        ensure_ascii=False,
+    )

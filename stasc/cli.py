@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
@@ -95,12 +96,16 @@ class STaSCCLI(LightningCLI):
     def fit(self, model: LightningModule, datamodule: LightningDataModule, **kwargs: Any) -> None:
         """Start, or go on where the run folder's last checkpoint was written."""
         last = datamodule.run.last_checkpoint
-        kwargs["ckpt_path"] = kwargs.get("ckpt_path") or (str(last) if last.is_file() else None)
+        if not kwargs.get("ckpt_path") and last.is_file():
+            kwargs["ckpt_path"] = str(last)
+            rank_zero_only(print)(f"going on in {datamodule.run.folder}", flush=True)
         self.trainer.fit(model, datamodule=datamodule, **kwargs)
 
 
 def run() -> None:
     """Parse ``sys.argv`` and run; a user's mistake ends in one sentence on standard error and status 2."""
+    for name in ("lightning.pytorch", "lightning.fabric"):  # what devices there are, tips, the seed
+        logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.. is deprecated.*")
@@ -125,7 +130,11 @@ def run() -> None:
             load_from_checkpoint_support=False,
         )
     except (UserError, ArgumentError, MisconfigurationException) as mistake:
-        print(f"stasc: {' '.join(str(mistake).split())}", file=sys.stderr)
+        sentence = " ".join(str(mistake).split())
+        options = {argument.partition("=")[0] for argument in sys.argv}
+        if isinstance(mistake, ArgumentError) and not options & {"-c", "--config"}:
+            sentence += " (no --config FILE was given)"
+        print(f"stasc: {sentence}", file=sys.stderr)
         sys.exit(2)
 
 

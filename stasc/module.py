@@ -17,7 +17,6 @@ from stasc.errors import UserError
 from stasc.packing import IGNORED, Batch
 from stasc.pretrained import load_model, locate
 from stasc.reward import SelfCorrection
-from stasc.trajectory import Trajectory
 
 
 class CosineWithWarmup:
@@ -75,7 +74,11 @@ class CorrectionSFT(LightningModule):
         self.iteration_steps = 1
         """Optimiser steps of the iteration under way; the outer loop sets it once D_n is known."""
         self.epoch_loss = MeanMetric()
-        self.self_correction = SelfCorrection()
+
+    def setup(self, stage: str) -> None:
+        """Know what counts as right."""
+        if stage in ("validate", "test"):
+            self.self_correction = SelfCorrection(self.trainer.datamodule.algorithm.threshold)
 
     def configure_model(self) -> None:
         """Load M_0; only training needs it here, everything else samples through an engine."""
@@ -126,17 +129,18 @@ class CorrectionSFT(LightningModule):
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
-    def test_step(self, batch: Sequence[Trajectory], batch_idx: int) -> None:
-        """Rewards and transitions of sampled trajectories."""
-        self.self_correction.update([t.r1 for t in batch], [t.r2 for t in batch])
+    def test_step(self, batch: Sequence[tuple[float, float]], batch_idx: int) -> None:
+        """Mean rewards and transitions, from the rewards (r1, r2) of sampled trajectories."""
+        self.self_correction.update(*zip(*batch, strict=True))
 
     def on_test_epoch_end(self) -> None:
         """Log them over all processes."""
         for name, value in self.self_correction.compute().items():
-            self.log(name, value.float())
+            # The metric has synchronised it already, so averaging changes nothing but Lightning's warning.
+            self.log(name, value.float(), sync_dist=True)
         self.self_correction.reset()
 
-    def validation_step(self, batch: Sequence[Trajectory], batch_idx: int) -> None:
+    def validation_step(self, batch: Sequence[tuple[float, float]], batch_idx: int) -> None:
         """As ``test_step``."""
         self.test_step(batch, batch_idx)
 
@@ -144,6 +148,6 @@ class CorrectionSFT(LightningModule):
         """As ``on_test_epoch_end``."""
         self.on_test_epoch_end()
 
-    def predict_step(self, batch: Sequence[Trajectory], batch_idx: int) -> Sequence[Trajectory]:
-        """The trajectories, which the data module has sampled and written already."""
+    def predict_step(self, batch: Sequence[str], batch_idx: int) -> Sequence[str]:
+        """The corrections; the data module has sampled them, and written both turns."""
         return batch

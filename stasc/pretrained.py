@@ -39,6 +39,8 @@ def locate(model: str) -> Path:
         return folder.resolve()
     if folder.is_dir():
         raise UserError(f"{folder} has no config.json: model.base must be a model folder or a hub id.")
+    if model.startswith((".", "/", "~")):
+        raise UserError(f"model.base {model} does not exist: it must be a model folder or a hub id.")
     try:
         return Path(snapshot_download(model, allow_patterns=["*.safetensors", *_CONFIGURATION_FILES]))
     except Exception as error:  # the hub client raises a dozen unrelated types
