@@ -28,32 +28,26 @@ class Evaluation(Callback):
     iteration's figures go into its ``metrics.json`` and to the loggers, with the iteration as the step.
     """
 
-    def on_fit_start(self, trainer: Trainer, pl_module: CorrectionSFT) -> None:
-        """Evaluate M_N of a run that has nothing else left to do."""
-        self._evaluate_last(trainer)
-
     def on_train_epoch_start(self, trainer: Trainer, pl_module: CorrectionSFT) -> None:
         """Evaluate M_{n-1}."""
         data: TrajectoryDataModule = trainer.datamodule
         if data.epochs_done % data.algorithm.epochs == 0:
             self._evaluate(trainer, data.iteration - 1)
 
-    def on_train_end(self, trainer: Trainer, pl_module: CorrectionSFT) -> None:
-        """Evaluate M_N."""
-        self._evaluate_last(trainer)
-
     def on_fit_end(self, trainer: Trainer, pl_module: CorrectionSFT) -> None:
-        """Show all iterations and say where everything lies."""
-        run = trainer.datamodule.run
-        boxes = [run.iteration(n) for n in range(trainer.datamodule.algorithm.iterations + 1)]
+        """Evaluate M_N, show all iterations and say where everything lies.
+
+        Not in ``on_train_end``, which a run that was killed after its last checkpoint never sees.
+        """
+        data: TrajectoryDataModule = trainer.datamodule
+        run, last = data.run, data.algorithm.iterations
+        if data.epochs_done == trainer.max_epochs:
+            self._evaluate(trainer, last)
+        boxes = [run.iteration(n) for n in range(last + 1)]
         if trainer.is_global_zero and all(box.metrics.is_file() for box in boxes):
             print("\n" + summary_table([json.loads(box.metrics.read_text()) for box in boxes]))
             print(f"\ncurves  tensorboard --logdir '{run.tensorboard}'")
             print(f"models  {run.iteration(1).model} to {boxes[-1].model}")
-
-    def _evaluate_last(self, trainer: Trainer) -> None:
-        if trainer.datamodule.epochs_done == trainer.max_epochs:
-            self._evaluate(trainer, trainer.datamodule.algorithm.iterations)
 
     def _evaluate(self, trainer: Trainer, n: int) -> None:
         data: TrajectoryDataModule = trainer.datamodule
@@ -107,12 +101,13 @@ def _curves(metrics: dict[str, Any]) -> dict[str, float]:
 
 def summary_line(metrics: dict[str, Any]) -> str:
     """One iteration in one line."""
-    test = metrics["test"]
-    line = f"M_{metrics['iteration']}: test r(Y1) {test['r1']:.3f}, r(Y2) {test['r2']:.3f}"
-    line += ", " + ", ".join(f"{name.replace('_', ' ')} {test[name]}" for name in TRANSITIONS)
+    n, test = metrics["iteration"], metrics["test"]
+    # "w>r 3": three answers that were wrong became right.
+    transitions = ", ".join(f"{name[0]}>{name.rpartition('_')[2][0]} {test[name]}" for name in TRANSITIONS)
+    line = f"M_{n}: test r(Y1) {test['r1']:.3f}, r(Y2) {test['r2']:.3f} ({transitions})"
     if "dataset" in metrics:
         sizes, train = metrics["dataset"], metrics["train"]
-        line += f" | train r(Y1) {train['r1']:.3f}, r(Y2) {train['r2']:.3f}, |D_n| {sizes['size']}"
+        line += f" | train r(Y1) {train['r1']:.3f}, r(Y2) {train['r2']:.3f}, |D_{n}| {sizes['size']}"
         if metrics["training"]["loss"] is not None:
             line += f", loss {metrics['training']['loss']:.3f}"
     return line

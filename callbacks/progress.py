@@ -9,12 +9,24 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 
 
 class IterationProgressBar(TQDMProgressBar):
-    """One bar for each fine-tuning, titled by its iteration as the bars of sampling are."""
+    """One bar for each fine-tuning, open only while it trains: sampling has bars of its own in between."""
+
+    def on_train_start(self, *args: Any) -> None:
+        """No bar yet: an iteration begins with sampling."""
 
     def on_train_epoch_start(self, trainer: Trainer, *args: Any) -> None:
-        """Title the bar."""
+        """Open a bar and title it."""
+        self.train_progress_bar = self.init_train_tqdm()
         super().on_train_epoch_start(trainer, *args)
         self.train_progress_bar.set_description(f"iteration {trainer.datamodule.iteration}: training")
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the bar as it is."""
+        super().on_train_epoch_end(trainer, pl_module)
+        self.train_progress_bar.close()
+
+    def on_train_end(self, *args: Any) -> None:
+        """All bars are closed already."""
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """What training logs, without the logger's version."""

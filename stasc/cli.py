@@ -49,12 +49,20 @@ class STaSCCLI(LightningCLI):
         parser.link_arguments(
             ("algorithm.iterations", "algorithm.epochs"), "trainer.max_epochs", compute_fn=lambda n, e: n * e
         )
+        # Every epoch asks for its own batches of D_n; a link, so that no config can change it.
+        parser.link_arguments(
+            "algorithm.epochs", "trainer.reload_dataloaders_every_n_epochs", compute_fn=lambda epochs: 1
+        )
 
     def before_instantiate_classes(self) -> None:
-        """Check the devices; make the demo's M_0 if that is the model."""
+        """Check the seed and the devices; make the demo's M_0 if that is the model."""
         config = self.config[self.subcommand]
+        if isinstance(config.data.seed, bool):
+            raise UserError(
+                f"seed_everything is {config.data.seed}: give a number, from which all draws follow."
+            )
         _check_devices(config.trainer.accelerator, config.trainer.devices)
-        dumped = self.parser.dump(self.config, skip_none=False)
+        dumped = self.parser.dump(self.config, skip_unset=False)
         self.saved_config = yaml.safe_load(dumped)[self.subcommand]
         self.saved_config.pop("config", None)
         if config.model.base == DEMO:
@@ -118,7 +126,6 @@ def run() -> None:
             save_config_callback=None,  # Run.claim does it, before anything else is written
             seed_everything_default=42,
             trainer_defaults={
-                "reload_dataloaders_every_n_epochs": 1,
                 "num_sanity_val_steps": 0,
                 "log_every_n_steps": 1,
                 "enable_model_summary": False,

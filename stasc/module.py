@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -84,6 +85,13 @@ class CorrectionSFT(LightningModule):
         """Load M_0; only training needs it here, everything else samples through an engine."""
         if self.trainer.training and not hasattr(self, "model"):
             self.model = load_model(locate(self.base))
+        strategy = self.trainer.strategy
+        if isinstance(strategy, FSDPStrategy) and strategy.mixed_precision is None:
+            # In bf16 the rotary frequencies would be off by up to 0.4 %: far positions end up elsewhere than
+            # in sampling. They are buffers, which Lightning has FSDP round with the parameters.
+            strategy.mixed_precision = dataclasses.replace(
+                strategy.mixed_precision_config, buffer_dtype=torch.float32
+            )
 
     def configure_optimizers(self) -> dict[str, Any]:
         """A fresh optimiser and schedule; the outer loop asks for them at the start of every iteration."""

@@ -1,5 +1,6 @@
 """Tiny models with real tokenizers, and the program as a user starts it."""
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import Phi3Config, Phi3ForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
@@ -98,7 +100,7 @@ def stasc_environment(cache: Path) -> dict[str, str]:
     return environment
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def stasc(cache):
     """Runs ``python -m stasc`` to its end and gives the finished process."""
 
@@ -114,3 +116,52 @@ def stasc(cache):
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def start(cache):
+    """Starts ``python -m stasc``, to be killed; what it says goes to a file."""
+
+    def popen(log: Path, *arguments: object) -> subprocess.Popen[bytes]:
+        with log.open("wb") as output:
+            return subprocess.Popen(
+                [sys.executable, "-m", "stasc", *map(str, arguments)],
+                cwd=ROOT,
+                env=stasc_environment(cache),
+                stdout=output,
+                stderr=output,
+            )
+
+    return popen
+
+
+def demo_fit(run: Path, *, train: int, test: int, iterations: int, sampler: str = "TransformersSampler"):
+    """Arguments of a small run of the demo."""
+    return (
+        *("fit", "--config", "configs/quickstart.yaml", "--run_dir", run, "--sampler", sampler),
+        *("--data.train.init_args.size", train, "--data.test.init_args.size", test),
+        *("--algorithm.iterations", iterations),
+    )
+
+
+def contents(run: Path) -> dict[str, str]:
+    """A hash of every file of all iterations."""
+    return {
+        str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(run.glob("iteration-*/**/*"))
+        if path.is_file()
+    }
+
+
+def events(run: Path) -> EventAccumulator:
+    """All that TensorBoard knows, repetitions included."""
+    accumulator = EventAccumulator(
+        str(run / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0}, purge_orphaned_data=False
+    )
+    return accumulator.Reload()
+
+
+def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """TensorBoard's scalars as points (step, value)."""
+    found = events(run)
+    return {tag: [(e.step, e.value) for e in found.Scalars(tag)] for tag in found.Tags()["scalars"]}

@@ -1,0 +1,192 @@
+"""The command line as a user meets it: bad input ends in one sentence, status 2, and nothing written."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, tiny_model
+
+from stasc.__main__ import main
+
+GOOD = {"question": "What are the last letters of Tim, Ruth and Olaf?", "references": ["m-h-f"]}
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch, capfd):
+    """Runs the program in this process and gives the sentence it ends with."""
+    run_dir = tmp_path / "run"
+    monkeypatch.setenv("STASC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    model = tiny_model(tmp_path / "model")
+
+    def run(*arguments: object, config: str = "quickstart", command: str = "fit") -> str:
+        base = [] if "--model.base" in arguments or config != "quickstart" else ["--model.base", model]
+        options = ["--config", ROOT / f"configs/{config}.yaml", "--run_dir", run_dir, *base, *arguments]
+        monkeypatch.setattr(sys, "argv", ["stasc", command, *map(str, options)])
+        before = sorted(run_dir.rglob("*"))
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as exit_info:
+            main()
+        out, error = capfd.readouterr()
+        assert exit_info.value.code == 2
+        assert "Traceback" not in out + error
+        assert error.startswith("stasc: ")
+        assert error.count("\n") == 1
+        assert sorted(run_dir.rglob("*")) == before, "something was written"
+        return error
+
+    run.run_dir = run_dir
+    run.model = model
+    return run
+
+
+def jsonl(path, *rows: object):
+    path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "sentence"),
+    [
+        (
+            "algorithm.variant",
+            "XYZ",
+            "'EIE', 'EIF', 'ENE', 'ENF', 'FIE', 'FIF', 'FNE', 'FNF']. Got value: XYZ",
+        ),
+        ("algorithm.n_init", 0, "algorithm.n_init is 0: it must be 1 or more"),
+        ("algorithm.n_int", 3, "--algorithm.n_int"),
+        ("data.batch_size", 0, "data.batch_size is 0"),
+        ("data.sampling.temperature", 0, "data.sampling.temperature is 0, so all draws"),
+        ("data.sampling.top_p", 1.5, "top_p is 1.5: it must lie in (0, 1]"),
+        ("model.base", "./nowhere", "model.base ./nowhere does not exist"),
+        ("model.base", "nobody/nothing", "model.base 'nobody/nothing' is not a folder here, and the Hugging"),
+        ("model.learning_rate", -1, "model.learning_rate is -1.0: it must be above 0"),
+        ("sampler", "NoSampler", 'Parser key "sampler"'),
+        ("seed_everything", "true", "seed_everything is True: give a number"),
+        ("trainer.devices", 999, "trainer.devices is 999 and this machine has"),
+        ("trainer.strategy", "no_such", "strategy='no_such'"),
+        ("trainer.reload_dataloaders_every_n_epochs", 0, "trainer.reload_dataloaders_every_n_epochs"),
+    ],
+)
+def test_a_wrong_option_is_named(refused, option, value, sentence):
+    assert sentence in refused(f"--{option}", value)
+
+
+@pytest.mark.parametrize(
+    ("rows", "sentence"),
+    [
+        ([GOOD, "{half\n"], "questions.jsonl, line 2: this is not JSON"),
+        ([GOOD, {"question": "x"}], "questions.jsonl, line 2: there is no column 'references'"),
+        ([{**GOOD, "references": []}], "questions.jsonl, line 1: 'references' is empty"),
+        ([{**GOOD, "question": "why " * 4000}], "data.train, question '1': its prompts and answers can need"),
+    ],
+)
+def test_a_mistake_in_the_questions_is_named(refused, tmp_path, rows, sentence):
+    path = jsonl(tmp_path / "questions.jsonl", *rows)
+    train = ("--data.train", "data.QuestionFile", "--data.train.path", path)
+    assert sentence in refused(*train)
+
+
+def test_a_model_without_chat_template_is_named(refused):
+    (refused.model / "chat_template.jinja").unlink()
+    assert f"the tokenizer in {refused.model} has no chat template" in refused()
+
+
+@pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="there is a GPU")
+def test_a_config_for_gpus_says_what_to_do_without_one(refused):
+    assert "set --trainer.accelerator cpu" in refused(config="qwen_eif")
+
+
+def test_a_run_folder_of_another_config_is_left_alone(refused):
+    refused.run_dir.mkdir()
+    other = {"algorithm": {"variant": "FNF"}}
+    (refused.run_dir / "config.yaml").write_text(yaml.safe_dump(other))
+    assert "holds a run with another algorithm." in refused()
+    assert yaml.safe_load((refused.run_dir / "config.yaml").read_text()) == other
+
+
+def test_predictions_are_not_overwritten(refused, tmp_path):
+    questions = jsonl(tmp_path / "questions.jsonl", {"question": "Who?"})
+    refused.run_dir.mkdir()
+    (refused.run_dir / "predict.jsonl").write_text("mine")
+    predict = ("--data.predict", "data.QuestionFile", "--data.predict.path", questions)
+    assert "predict.jsonl exists: choose another --data.output" in refused(*predict, command="predict")
+    assert (refused.run_dir / "predict.jsonl").read_text() == "mine"
+
+
+def test_predict_without_questions_is_refused(refused):
+    assert "data.predict is not set" in refused(command="predict")
+
+
+def test_without_a_config_the_message_says_so(stasc):
+    process = stasc("fit")
+    assert process.returncode == 2
+    assert process.stderr.startswith("stasc: ")
+    assert process.stderr.endswith("(no --config FILE was given)\n")
+
+
+def test_top_level_help_loads_no_library():
+    program = [sys.executable, "-X", "importtime", "-m", "stasc", "--help"]
+    process = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "python -m stasc fit --config configs/quickstart.yaml" in process.stdout
+    assert "torch" not in process.stderr
+    assert "jsonargparse" not in process.stderr
+
+
+def test_printed_config_is_a_config(stasc, tmp_path):
+    first = stasc(
+        "fit", "--config", ROOT / "configs/quickstart.yaml", "--algorithm.variant", "FNF", "--print_config"
+    )
+    assert first.returncode == 0, first.stderr
+    path = tmp_path / "printed.yaml"
+    path.write_text(first.stdout)
+    second = stasc("fit", "--config", path, "--print_config")
+    assert second.stdout == first.stdout
+    assert yaml.safe_load(first.stdout)["algorithm"]["variant"] == "FNF"
+
+
+def test_a_model_folder_is_evaluated_and_answers_questions(stasc, tmp_path):
+    """validate, test and predict, here on a random model."""
+    model = tiny_model(tmp_path / "model")
+    rows = [{"text": f"Why {i}?", "answer": "a"} for i in range(5)]
+    path = jsonl(tmp_path / "my questions.jsonl", *rows)
+    columns = {"question": "text", "references": "answer", "path": str(path)}
+    common = ["--config", ROOT / "configs/quickstart.yaml", "--run_dir", tmp_path / "run"]
+    common += ["--model.base", model, "--sampler", "TransformersSampler"]
+    for split in ("train", "test", "predict"):
+        common += [f"--data.{split}", json.dumps({"class_path": "data.QuestionFile", "init_args": columns})]
+    for command in ("validate", "test"):
+        process = stasc(command, *common)
+        assert process.returncode == 0, process.stderr
+        assert "wrong_to_right" in process.stdout
+        trajectories = [json.loads(line) for line in (tmp_path / "run" / f"{command}.jsonl").open()]
+        assert [t["question"]["text"] for t in trajectories] == [row["text"] for row in rows]
+    process = stasc("predict", *common, "--data.output", tmp_path / "out.jsonl")
+    assert process.returncode == 0, process.stderr
+    answers = [json.loads(line) for line in (tmp_path / "out.jsonl").open()]
+    assert [a["question"] for a in answers] == [row["text"] for row in rows]
+    assert all(set(a) == {"id", "question", "initial_answer", "correction"} for a in answers)
+    assert answers[0]["initial_answer"] == trajectories[0]["initial"]["text"]
+
+
+def test_the_program_does_not_need_the_repository_as_working_folder(tmp_path, cache):
+    """Run as installed, from elsewhere."""
+    process = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "stasc",
+            "fit",
+            "--config",
+            ROOT / "configs/quickstart.yaml",
+            "--print_config",
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
