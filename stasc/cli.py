@@ -55,12 +55,8 @@ class STaSCCLI(LightningCLI):
         )
 
     def before_instantiate_classes(self) -> None:
-        """Check the seed and the devices; make the demo's M_0 if that is the model."""
+        """Check the devices; make the demo's M_0 if that is the model."""
         config = self.config[self.subcommand]
-        if isinstance(config.data.seed, bool):
-            raise UserError(
-                f"seed_everything is {config.data.seed}: give a number, from which all draws follow."
-            )
         _check_devices(config.trainer.accelerator, config.trainer.devices)
         dumped = self.parser.dump(self.config, skip_unset=False)
         self.saved_config = yaml.safe_load(dumped)[self.subcommand]

@@ -65,7 +65,7 @@ def jsonl(path, *rows: object):
         ("model.base", "nobody/nothing", "model.base 'nobody/nothing' is not a folder here, and the Hugging"),
         ("model.learning_rate", -1, "model.learning_rate is -1.0: it must be above 0"),
         ("sampler", "NoSampler", 'Parser key "sampler"'),
-        ("seed_everything", "true", "seed_everything is True: give a number"),
+        ("seed_everything", "true", "Expected a <class 'int'>. Got value: True"),
         ("trainer.devices", 999, "trainer.devices is 999 and this machine has"),
         ("trainer.strategy", "no_such", "strategy='no_such'"),
         ("trainer.reload_dataloaders_every_n_epochs", 0, "trainer.reload_dataloaders_every_n_epochs"),
