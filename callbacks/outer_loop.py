@@ -54,12 +54,12 @@ class OuterLoop(Callback):
         torch.manual_seed(data.epoch_seed)
         pl_module.train()
         self.prepared = data.iteration
+        steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        pl_module.iteration_steps = steps * data.algorithm.epochs
         if data.epochs_done % data.algorithm.epochs:
             return
         if self.prepared > 1 and not data.algorithm.evolving_finetuning:
             load_weights(trainer.strategy.model, data.model_folder(0))
-        steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
-        pl_module.iteration_steps = steps * data.algorithm.epochs
         trainer.strategy.setup_optimizers(trainer)
         self.losses = []
 

@@ -4,11 +4,13 @@ import hashlib
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tokenizers import AddedToken
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import Phi3Config, Phi3ForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
@@ -48,10 +50,10 @@ TEMPLATES = {
 }
 
 
-def tiny_tokenizer(kind: str) -> Qwen2Tokenizer:
-    """Byte-level, with the special tokens and the chat template of a model family."""
+def tiny_tokenizer(kind: str, phrases: Sequence[str] = ()) -> Qwen2Tokenizer:
+    """Byte-level, with the special tokens and the chat template of a model family; a phrase is one token."""
     template, eos, specials = TEMPLATES[kind]
-    return Qwen2Tokenizer(
+    tokenizer = Qwen2Tokenizer(
         vocab={byte: i for i, byte in enumerate(sorted(ByteLevel.alphabet()))},
         merges=[],
         unk_token=None,
@@ -60,11 +62,13 @@ def tiny_tokenizer(kind: str) -> Qwen2Tokenizer:
         extra_special_tokens=[token for token in specials if token != eos],
         chat_template=template,
     )
+    tokenizer.add_tokens([AddedToken(phrase, normalized=False) for phrase in phrases])
+    return tokenizer
 
 
-def tiny_model(folder: Path, kind: str = "qwen2", context: int = 8192) -> Path:
+def tiny_model(folder: Path, kind: str = "qwen2", context: int = 8192, phrases: Sequence[str] = ()) -> Path:
     """A random model of a family as a Hugging Face folder."""
-    tokenizer = tiny_tokenizer(kind)
+    tokenizer = tiny_tokenizer(kind, phrases)
     sizes = {
         "vocab_size": len(tokenizer),
         "hidden_size": 64,

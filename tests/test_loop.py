@@ -1,0 +1,314 @@
+"""The whole algorithm as a user runs it: the quickstart with real vLLM, and what it leaves on disk."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple, get_args
+
+import pytest
+import yaml
+from conftest import ROOT, contents, curves, demo_fit, events, stasc_environment
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from stasc.algorithm import Variant
+from stasc.trajectory import Question, Trajectory, read_records
+
+QUICKSTART = ("fit", "--config", "configs/quickstart.yaml")
+PROMPTS = yaml.safe_load((ROOT / "configs/prompts/demo.yaml").read_text())
+TRAINED = range(1, 6)
+TRANSITIONS = {
+    "wrong_to_right": (0, 1),
+    "right_to_wrong": (1, 0),
+    "right_to_right": (1, 1),
+    "wrong_to_wrong": (0, 0),
+}
+EVALUATION = {"test.jsonl", "metrics.json"}
+STEPS = {"initial.jsonl", "trajectories.jsonl", "dataset.jsonl", "training.json", "model"}
+
+Chat = list[dict[str, str]]
+
+
+class Quickstart(NamedTuple):
+    process: subprocess.CompletedProcess[str]
+    run: Path
+
+    def box(self, n: int) -> Path:
+        return self.run / f"iteration-{n:02d}"
+
+    def records(self, n: int, name: str) -> list:
+        return read_records(self.box(n) / f"{name}.jsonl")
+
+    def metrics(self, n: int) -> dict:
+        return json.loads((self.box(n) / "metrics.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def quickstart(stasc, tmp_path_factory) -> Quickstart:
+    run = tmp_path_factory.mktemp("quickstart") / "a run"
+    return Quickstart(stasc(*QUICKSTART, "--run_dir", run), run)
+
+
+def assert_it_learnt(done: Quickstart) -> None:
+    assert done.process.returncode == 0, done.process.stderr
+    assert done.metrics(0)["test"]["r2"] == pytest.approx(0.16, abs=0.04)
+    assert done.metrics(5)["test"]["r2"] > 0.85
+
+
+def is_right(question: Question, answer: str) -> float:
+    """The reward of the demo's short answers, by hand."""
+    return float(re.search(rf"\b{question.references[0]}\b", answer) is not None)
+
+
+# ---------------------------------------------------------------- the quickstart
+
+
+def test_the_quickstart_learns_and_says_so(quickstart):
+    assert_it_learnt(quickstart)
+    said = quickstart.process.stdout
+    _, _, table = said.rpartition("iteration  r(Y1)  r(Y2)  |D_n|")
+    rows = [line.split() for line in table.splitlines()[1:7]]
+    for n, row in enumerate(rows):
+        metrics = quickstart.metrics(n)
+        size = str(metrics["dataset"]["size"]) if n else "-"
+        counts = [str(metrics["test"][name]) for name in TRANSITIONS]
+        assert row == [str(n), f"{metrics['test']['r1']:.3f}", f"{metrics['test']['r2']:.3f}", size, *counts]
+    assert f"tensorboard --logdir '{quickstart.run}/tensorboard'" in said
+    assert f"{quickstart.box(1)}/model to {quickstart.box(5)}/model" in said
+
+
+def test_every_iteration_leaves_its_files(quickstart):
+    assert {path.name for path in quickstart.box(0).iterdir()} == EVALUATION
+    for n in TRAINED:
+        assert {path.name for path in quickstart.box(n).iterdir()} == EVALUATION | STEPS
+    assert {path.name for path in quickstart.run.iterdir()} >= {"config.yaml", "checkpoints", "tensorboard"}
+
+
+@pytest.mark.parametrize("n", TRAINED)
+def test_an_iteration_is_steps_1_to_3_of_the_algorithm(quickstart, n):
+    initial, trajectories = quickstart.records(n, "initial"), quickstart.records(n, "trajectories")
+    questions = [answer.question for answer in initial[::2]]
+    assert len({question.id for question in questions}) == 500
+    assert [(a.question, a.j) for a in initial] == [(x, j) for x in questions for j in range(2)]
+    assert [(t.question, t.j, t.initial, t.r1, t.k) for t in trajectories] == [
+        (a.question, a.j, a.initial, a.r1, k) for a in initial for k in range(2)
+    ]
+    for t in trajectories:
+        assert t.r1 == is_right(t.question, t.initial.text)
+        assert t.r2 == is_right(t.question, t.correction.text)
+    assert quickstart.records(n, "dataset") == [t for t in trajectories if t.r2 > t.r1]
+
+    # Draws of one prompt are draws of their own.
+    same_initial = sum(a.initial == b.initial for a, b in zip(initial[::2], initial[1::2], strict=True))
+    pairs = zip(trajectories[::2], trajectories[1::2], strict=True)
+    assert same_initial / 500 < 0.5
+    assert sum(a.correction == b.correction for a, b in pairs) / 1000 < 0.6
+
+
+def test_initial_answers_evolve(quickstart):
+    rewards = [sum(a.r1 for a in quickstart.records(n, "initial")) / 1000 for n in TRAINED]
+    assert rewards[0] < 0.25
+    assert rewards[4] > 0.5
+    assert rewards == sorted(rewards)
+
+
+def test_metrics_are_those_of_the_files(quickstart):
+    def recomputed(trajectories: list[Trajectory]) -> dict[str, float]:
+        pairs = [
+            (is_right(t.question, t.initial.text), is_right(t.question, t.correction.text))
+            for t in trajectories
+        ]
+        r1, r2 = (sum(rewards) / len(pairs) for rewards in zip(*pairs, strict=True))
+        counts = {name: pairs.count(pair) for name, pair in TRANSITIONS.items()}
+        return {"r1": r1, "r2": r2, **counts, "count": len(pairs)}
+
+    tested = [t.question for t in quickstart.records(0, "test")]
+    assert len(tested) == 500
+    for n in range(6):
+        metrics = quickstart.metrics(n)
+        trajectories = quickstart.records(n, "test")
+        assert [t.question for t in trajectories] == tested
+        assert metrics.pop("iteration") == n
+        assert metrics.pop("test") == pytest.approx(recomputed(trajectories))
+        if n:
+            assert metrics.pop("train") == pytest.approx(recomputed(quickstart.records(n, "trajectories")))
+            size = len(quickstart.records(n, "dataset"))
+            assert metrics.pop("dataset") == {"size": size, "improving": size, "non_decreasing": 0}
+            training = metrics.pop("training")
+            assert training == json.loads((quickstart.box(n) / "training.json").read_text())
+            assert 0 < training["loss"] < 1
+            assert (training["learning_rate"], training["steps"]) == (2.5e-4, -(-size // 16))
+        assert metrics == {}
+
+
+def test_tensorboard_shows_each_iteration_once(quickstart):
+    assert_curves_are_the_metrics(quickstart)
+    tables = events(quickstart.run).Tensors("test/trajectories/text_summary")
+    assert [table.step for table in tables] == list(range(6))
+    for n, table in enumerate(tables):
+        shown = table.tensor_proto.string_val[0].decode()
+        first = quickstart.records(n, "test")[0]
+        for text in (first.question.text, first.initial.text, first.correction.text):
+            assert text.replace("\n", "<br>") in shown
+
+
+def assert_curves_are_the_metrics(done: Quickstart) -> None:
+    found = curves(done.run)
+    shown = {"test": ("r1", "r2", *TRANSITIONS), "dataset": ("size", "improving", "non_decreasing")}
+    shown |= {"train": ("r1", "r2"), "training": ("loss", "learning_rate")}
+    for group, names in shown.items():
+        steps = range(6) if group == "test" else TRAINED
+        for name in names:
+            values = [done.metrics(n)[group][name] for n in steps]
+            assert [step for step, _ in found[f"{group}/{name}"]] == list(steps), (group, name)
+            assert [value for _, value in found[f"{group}/{name}"]] == pytest.approx(values), (group, name)
+
+
+# ---------------------------------------------------------------- the models it leaves
+
+
+def chat(kind: str, **values: str) -> Chat:
+    """A prompt of configs/prompts/demo.yaml, filled in."""
+    return [{**message, "content": message["content"].format(**values)} for message in PROMPTS[kind]]
+
+
+def both_turns(trajectories: list[Trajectory]) -> tuple[list[Chat], list[str]]:
+    """What the model was asked in evaluation, and what it answered."""
+    initial = [chat("initial", question=t.question.text) for t in trajectories]
+    correction = [
+        chat("correction", question=t.question.text, initial_answer=t.initial.text) for t in trajectories
+    ]
+    return initial + correction, [t.initial.text for t in trajectories] + [
+        t.correction.text for t in trajectories
+    ]
+
+
+@pytest.mark.parametrize("n", TRAINED)
+def test_plain_transformers_says_what_the_engine_said(quickstart, n):
+    folder = quickstart.box(n) / "model"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    asked, answered = both_turns(quickstart.records(n, "test")[:50])
+    tokenizer.padding_side = "left"
+    inputs = tokenizer.apply_chat_template(
+        asked, add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt"
+    )
+    outputs = model.generate(**inputs, max_new_tokens=64, do_sample=False)
+    completions = outputs[:, inputs["input_ids"].shape[1] :]
+    assert tokenizer.batch_decode(completions, skip_special_tokens=True) == answered
+
+
+PLAIN_VLLM = """
+import json, sys
+from vllm import LLM, SamplingParams
+
+options = {"dtype": "float32", "max_model_len": 512, "kv_cache_memory_bytes": 1 << 27, "enforce_eager": True}
+engine = LLM(sys.argv[1], **options)
+chats = json.load(open(sys.argv[2]))
+outputs = engine.chat(chats, SamplingParams(temperature=0, max_tokens=64), use_tqdm=False)
+json.dump([output.outputs[0].text for output in outputs], open(sys.argv[3], "w"))
+"""
+
+
+def test_plain_vllm_says_what_the_engine_said(quickstart, cache, tmp_path):
+    asked, answered = both_turns(quickstart.records(5, "test")[:50])
+    (tmp_path / "asked").write_text(json.dumps(asked))
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
+    plain = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            PLAIN_VLLM,
+            quickstart.box(5) / "model",
+            tmp_path / "asked",
+            tmp_path / "said",
+        ],
+        env=stasc_environment(cache) | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert plain.returncode == 0, plain.stderr
+    assert json.loads((tmp_path / "said").read_text()) == answered
+
+
+# ---------------------------------------------------------------- other ways to run it
+
+
+def test_the_same_command_on_a_finished_run_changes_nothing(quickstart, stasc):
+    before = contents(quickstart.run)
+    again = stasc(*QUICKSTART, "--run_dir", quickstart.run)
+    assert again.returncode == 0, again.stderr
+    table = again.stdout[again.stdout.index("\niteration  r(Y1)") :]
+    assert quickstart.process.stdout.endswith(table)
+    assert "completions/s" not in again.stderr
+    assert contents(quickstart.run) == before
+    assert_curves_are_the_metrics(quickstart)
+
+
+def test_the_quickstart_learns_without_vllm(stasc, tmp_path):
+    process = stasc(*QUICKSTART, "--run_dir", tmp_path / "run", "--sampler", "TransformersSampler")
+    assert_it_learnt(Quickstart(process, tmp_path / "run"))
+    assert "vllm" not in process.stderr.lower()
+
+
+def test_fixed_initialisation_samples_initial_answers_once_and_the_lenient_filter_keeps_right_ones(
+    stasc, tmp_path
+):
+    arguments = demo_fit(tmp_path / "run", train=60, test=40, iterations=2)
+    done = Quickstart(stasc(*arguments, "--algorithm.variant", "FNF"), tmp_path / "run")
+    assert done.process.returncode == 0, done.process.stderr
+    assert not (done.box(2) / "initial.jsonl").exists()
+    initial = [(a.question, a.j, a.initial, a.r1) for a in done.records(1, "initial")]
+    assert len(initial) == 120
+    for n in (1, 2):
+        trajectories, dataset = done.records(n, "trajectories"), done.records(n, "dataset")
+        assert [(t.question, t.j, t.initial, t.r1) for t in trajectories[::2]] == initial
+        assert dataset == [t for t in trajectories if t.r2 > t.r1 or t.r1 == t.r2 == 1]
+        improving = sum(t.r2 > t.r1 for t in dataset)
+        sizes = {"size": len(dataset), "improving": improving, "non_decreasing": len(dataset) - improving}
+        assert done.metrics(n)["dataset"] == sizes
+        assert 0 < improving < len(dataset)
+    first, second = ([t.correction for t in done.records(n, "trajectories")] for n in (1, 2))
+    assert first != second
+
+
+@pytest.mark.parametrize("variant", ["EIE", "EIF"])
+def test_an_empty_dataset_leaves_the_base_model_as_it_is(stasc, cache, tmp_path, variant):
+    # 60 questions with two initial answers and four corrections each, then 40 with one each.
+    reward = ["users_own.PaysInIteration", "--data.reward.iteration", 2]
+    arguments = demo_fit(tmp_path / "run", train=60, test=40, iterations=3)
+    process = stasc(
+        *arguments,
+        *("--algorithm.variant", variant),
+        *("--data.reward", *reward, "--data.reward.calls_per_iteration", 60 * (2 + 4) + 40 * 2),
+    )
+    done = Quickstart(process, tmp_path / "run")
+    assert process.returncode == 0, process.stderr
+    assert [done.metrics(n)["dataset"]["size"] > 0 for n in (1, 2, 3)] == [False, True, False]
+    assert done.metrics(3)["training"] == {"loss": None, "learning_rate": 0.0, "steps": 0}
+    base = 2 if variant == "EIE" else 0
+    assert re.findall(r"D_\d is empty.*", process.stdout) == [
+        "D_1 is empty, so M_1 is M_0.",
+        f"D_3 is empty, so M_3 is M_{base}.",
+    ]
+
+    def weights(n: int) -> bytes:
+        (folder,) = [done.box(n) / "model"] if n else [path for path in cache.glob("demo-*") if path.is_dir()]
+        return (folder / "model.safetensors").read_bytes()
+
+    assert weights(1) == weights(0) != weights(2)
+    assert weights(3) == weights(base)
+
+
+@pytest.mark.parametrize("variant", get_args(Variant))
+def test_every_variant_is_taken_from_the_command_line_and_from_yaml(variant, monkeypatch, capsys, tmp_path):
+    from stasc.cli import run  # takes seconds
+
+    (tmp_path / "variant.yaml").write_text(f"algorithm: {{variant: {variant}}}")
+    for given in (["--algorithm.variant", variant], ["--config", str(tmp_path / "variant.yaml")]):
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, "argv", ["stasc", *QUICKSTART, *given, "--print_config"])
+        with pytest.raises(SystemExit, match="0"):
+            run()
+        assert yaml.safe_load(capsys.readouterr().out)["algorithm"]["variant"] == variant

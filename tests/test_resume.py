@@ -1,0 +1,109 @@
+"""The same command after a kill -9 goes on where the run stopped, and ends with the same bytes."""
+
+import json
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import contents, curves, demo_fit
+
+ITERATIONS = 3
+SIZES = {"train": 80, "test": 40, "iterations": ITERATIONS}
+EPOCHS = 2
+OPTIONS = ("--algorithm.epochs", EPOCHS, "--data.batch_size", 4)
+
+
+def uninterrupted(stasc, run: Path, sampler: str) -> Path:
+    done = stasc(*demo_fit(run, **SIZES, sampler=sampler), *OPTIONS)
+    assert done.returncode == 0, done.stderr
+    return run
+
+
+@pytest.fixture(scope="module")
+def with_transformers(stasc, tmp_path_factory) -> Path:
+    return uninterrupted(stasc, tmp_path_factory.mktemp("uninterrupted"), "TransformersSampler")
+
+
+@pytest.fixture(scope="module")
+def with_vllm(stasc, tmp_path_factory) -> Path:
+    return uninterrupted(stasc, tmp_path_factory.mktemp("uninterrupted"), "VLLMSampler")
+
+
+def assert_same(run: Path, reference: Path) -> None:
+    assert contents(run) == contents(reference)
+    points, expected = curves(run), curves(reference)
+    assert points.keys() == expected.keys()
+    for name, curve in expected.items():
+        if name.partition("/")[0] in ("test", "train", "dataset", "training"):
+            assert [n for n, _ in curve] == list(range(name[:5] != "test/", ITERATIONS + 1)), name
+            assert points[name] == curve, name
+        else:  # optimiser steps that had to be done again are there twice
+            assert dict(points[name]) == dict(curve), name
+
+
+# Hook of Lightning, training epochs done by then, the last that is on disk, and the first that is not.
+MOMENTS = {
+    "in the first epoch": ("on_train_batch_end", 2, "iteration-02/dataset.jsonl", "iteration-02/model"),
+    "in the second epoch": ("on_train_batch_end", 3, "iteration-01/metrics.json", "iteration-02/model"),
+    "before M_2's checkpoint": ("on_save_checkpoint", 4, "iteration-02/model", "iteration-03/initial.jsonl"),
+    "before M_3's evaluation": ("on_fit_end", 6, "iteration-03/model", "iteration-03/test.jsonl"),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_by_itself_at_an_exact_moment(stasc, with_transformers, tmp_path, moment):
+    hook, epochs_done, there, not_there = MOMENTS[moment]
+    command = (*demo_fit(tmp_path, **SIZES), *OPTIONS)
+    kill = {"class_path": "users_own.Kill", "init_args": {"hook": hook, "epochs_done": epochs_done}}
+    killed = stasc(*command, "--trainer.callbacks", json.dumps([kill]))
+    assert killed.returncode == -9, killed.stderr
+    assert (tmp_path / there).exists()
+    assert not (tmp_path / not_there).exists()
+
+    again = stasc(*command)
+    assert again.returncode == 0, again.stderr
+    assert_same(tmp_path, with_transformers)
+
+
+def wait_for(path: Path, process: subprocess.Popen[bytes], timeout: float = 240) -> None:
+    deadline = time.monotonic() + timeout
+    while not path.exists():
+        assert process.poll() is None, f"the program ended before it wrote {path}"
+        assert time.monotonic() < deadline, f"no {path} after {timeout} s"
+        time.sleep(0.005)
+
+
+def workers(parent: int) -> Iterator[str]:
+    """Sampling engines that a process started; a zombie has no command line any more."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_text(errors="replace").split("\0")
+        except OSError:  # gone meanwhile
+            continue
+        if "stasc.sampling.vllm_worker" in command and str(parent) in command:
+            yield process.name
+
+
+def test_killed_twice_from_outside_with_vllm(stasc, start, with_vllm, tmp_path):
+    run = tmp_path / "run"
+    command = (*demo_fit(run, **SIZES, sampler="VLLMSampler"), *OPTIONS)
+    for there, not_there in (
+        ("iteration-01/model", "iteration-02/initial.jsonl"),  # before it samples from M_1
+        ("iteration-02/initial.jsonl", "iteration-02/trajectories.jsonl"),  # while it samples corrections
+    ):
+        program = start(tmp_path / "log", *command)
+        wait_for(run / there, program)
+        assert list(workers(program.pid))
+        program.kill()
+        program.wait()
+        assert not (run / not_there).exists(), "killed too late"
+        deadline = time.monotonic() + 30
+        while left := list(workers(program.pid)):
+            assert time.monotonic() < deadline, f"workers {left} outlive the program"
+            time.sleep(0.1)
+
+    again = stasc(*command)
+    assert again.returncode == 0, again.stderr
+    assert_same(run, with_vllm)

@@ -1,0 +1,36 @@
+"""What users bring along and name by its class path: a reward and a callback."""
+
+import os
+import signal
+from collections.abc import Sequence
+
+from lightning.pytorch import Callback, Trainer
+
+from stasc.reward import InAccuracy
+
+
+class PaysInIteration(InAccuracy):
+    """In-accuracy in one iteration, which is known by counting the calls, and 0 before and after it."""
+
+    def __init__(self, iteration: int, calls_per_iteration: int) -> None:
+        super().__init__()
+        self.iteration = iteration
+        self.calls_per_iteration = calls_per_iteration
+        self.calls = 0
+
+    def score(self, prediction: str, references: Sequence[str]) -> float:
+        iteration = self.calls // self.calls_per_iteration + 1
+        self.calls += 1
+        return super().score(prediction, references) if iteration == self.iteration else 0.0
+
+
+class Kill(Callback):
+    """kill -9 in a hook of Lightning, after so many training epochs."""
+
+    def __init__(self, hook: str, epochs_done: int) -> None:
+        self.epochs_done = epochs_done
+        setattr(self, hook, self._kill)
+
+    def _kill(self, trainer: Trainer, *_: object) -> None:
+        if trainer.datamodule.epochs_done == self.epochs_done:
+            os.kill(os.getpid(), signal.SIGKILL)
