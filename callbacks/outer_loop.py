@@ -95,3 +95,4 @@ class OuterLoop(Callback):
             write_json(box.training, training)
         export(trainer.strategy.model, data.model_folder(0), box.model)
         trainer.strategy.barrier("M_n is written")
+        torch.cuda.empty_cache()  # the engine, another process, takes what training leaves

@@ -55,8 +55,13 @@ class STaSCCLI(LightningCLI):
         )
 
     def before_instantiate_classes(self) -> None:
-        """Check the devices; make the demo's M_0 if that is the model."""
+        """Check devices and precision; make the demo's M_0 if that is the model."""
         config = self.config[self.subcommand]
+        if config.trainer.precision in ("bf16-true", "16-true"):
+            raise UserError(
+                f"trainer.precision is {config.trainer.precision}, which rounds small updates away, so that "
+                "hardly anything is learnt: use bf16-mixed or 32-true."
+            )
         _check_devices(config.trainer.accelerator, config.trainer.devices)
         dumped = self.parser.dump(self.config, skip_unset=False)
         self.saved_config = yaml.safe_load(dumped)[self.subcommand]

@@ -67,6 +67,7 @@ def jsonl(path, *rows: object):
         ("sampler", "NoSampler", 'Parser key "sampler"'),
         ("seed_everything", "true", "Expected a <class 'int'>. Got value: True"),
         ("trainer.devices", 999, "trainer.devices is 999 and this machine has"),
+        ("trainer.precision", "bf16-true", "trainer.precision is bf16-true, which rounds small updates away"),
         ("trainer.strategy", "no_such", "strategy='no_such'"),
         ("trainer.reload_dataloaders_every_n_epochs", 0, "trainer.reload_dataloaders_every_n_epochs"),
     ],
