@@ -84,7 +84,8 @@ class STaSCCLI(LightningCLI):
             enable_version_counter=False,
             save_on_train_epoch_end=True,
         )
-        kwargs["callbacks"] = [*(given.callbacks or []), Evaluation(), OuterLoop(), checkpoint]
+        users = given.callbacks if isinstance(given.callbacks, list) else [given.callbacks]
+        kwargs["callbacks"] = [*filter(None, users), Evaluation(), OuterLoop(), checkpoint]
         if given.enable_progress_bar is not False:
             kwargs["callbacks"].append(IterationProgressBar())
         try:

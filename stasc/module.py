@@ -87,7 +87,7 @@ class CorrectionSFT(LightningModule):
             self.model = load_model(locate(self.base))
         strategy = self.trainer.strategy
         if isinstance(strategy, FSDPStrategy) and strategy.mixed_precision is None:
-            # In bf16 the rotary frequencies would be off by up to 0.4 %: far positions end up elsewhere than
+            # In bf16 the rotary frequencies would be off by up to 0.2 %: far positions end up elsewhere than
             # in sampling. They are buffers, which Lightning has FSDP round with the parameters.
             strategy.mixed_precision = dataclasses.replace(
                 strategy.mixed_precision_config, buffer_dtype=torch.float32

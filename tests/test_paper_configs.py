@@ -1,0 +1,200 @@
+"""The paper's two configurations: its numbers, and whole runs of the very files on tiny models and vLLM.
+
+Only what a small machine lacks is overridden: model and data paths, devices, accelerator and strategy; and
+the number of iterations and the memory of the engine's cache, so that it ends soon.
+"""
+
+import json
+import math
+import random
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, curves, tiny_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from stasc.packing import pad
+from stasc.prompting import Dialogue, Message, Prompts
+from stasc.trajectory import read_records
+
+NATURAL_QUESTIONS = ROOT.parent / "shared/data/nq"
+OWN_QUESTIONS = [
+    ("what is the capital of portugal", ["Lisbon"]),
+    ("who wrote the play hamlet", ["William Shakespeare", "Shakespeare"]),
+    ("which planet is closest to the sun", ["Mercury"]),
+    ("how many sides does a hexagon have", ["six", "6"]),
+    ("what metal is liquid at room temperature", ["mercury", "quicksilver"]),
+    ("who painted the mona lisa", ["Leonardo da Vinci"]),
+    ("what is the longest river in south america", ["Amazon"]),
+    ("in what year did the second world war end", ["1945"]),
+    ("what gas do plants take in from the air", ["carbon dioxide", "CO2"]),
+    ("who discovered penicillin", ["Alexander Fleming"]),
+    ("what language is spoken in brazil", ["Portuguese"]),
+    ("which ocean lies between africa and australia", ["Indian Ocean"]),
+]
+SIZES = {"train": 12, "test": 8}
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory) -> Path:
+    """A folder with train.jsonl and test.jsonl in the layout of the paper's data."""
+    folder = tmp_path_factory.mktemp("questions")
+    own = [
+        json.dumps({"question_id": f"own_{i}", "question_text": text, "reference": references})
+        for i, (text, references) in enumerate(OWN_QUESTIONS)
+    ]
+    for split, size in SIZES.items():
+        real = NATURAL_QUESTIONS / f"{split}.jsonl"
+        lines = real.read_text().splitlines() if real.is_file() else own
+        (folder / f"{split}.jsonl").write_text("\n".join(lines[:size]) + "\n")
+    return folder
+
+
+def paper_prompts() -> Prompts:
+    raw = yaml.safe_load((ROOT / "configs/prompts/paper.yaml").read_text())
+    return Prompts(**{name: [Message(**message) for message in raw[name]] for name in raw})
+
+
+def parrot(folder: Path, kind: str, questions: Path) -> Path:
+    """A bfloat16 model that answers every prompt with a random choice of the training references.
+
+    So any answer is right now and then, and some corrections improve. What never varies in the prompts is
+    one token, as are the references, which makes the paper's long prompts cheap.
+    """
+    prompts = paper_prompts()
+    contents = [message.content for message in (*prompts.initial, *prompts.correction)]
+    constant = [phrase for content in contents for phrase in re.split(r"{\w+}", content) if phrase]
+    rows = [json.loads(line) for line in (questions / "train.jsonl").read_text().splitlines()]
+    references = [f" {row['reference'][0]}" for row in rows]
+    phrases = list(dict.fromkeys([*constant, "Final Answer:", *references]))
+    model = AutoModelForCausalLM.from_pretrained(tiny_model(folder, kind, phrases=phrases)).train()
+    dialogue = Dialogue(AutoTokenizer.from_pretrained(folder), prompts)
+    rng = random.Random(0)
+
+    def answer() -> str:
+        return "Final Answer:" + "".join(r for r in references if rng.random() < 0.4)
+
+    def example() -> tuple[list[int], list[int]]:
+        text = rng.choice(rows)["question_text"]
+        prompt = rng.choice([dialogue.initial_prompt(text), dialogue.correction_prompt(text, answer())])
+        return prompt, [*dialogue.tokenizer.encode(answer()), dialogue.end_of_turn]
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(120):
+        batch = pad([example() for _ in range(8)], step_tokens=1)
+        labels = batch.labels
+        loss = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+# ---------------------------------------------------------------- the numbers
+
+CONFIGS = {
+    "qwen_eif": ("EIF", 5, "Qwen/Qwen2.5-1.5B-Instruct"),
+    "phi3_eie": ("EIE", 1, "microsoft/Phi-3-mini-4k-instruct"),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_configuration_holds_the_papers_numbers(stasc, name):
+    printed = stasc("fit", "--config", f"configs/{name}.yaml", "--print_config")
+    assert printed.returncode == 0, printed.stderr
+    config = yaml.safe_load(printed.stdout)
+    variant, n_init, base = CONFIGS[name]
+    assert config["algorithm"] == {
+        "variant": variant,
+        "iterations": 10,
+        "n_init": n_init,
+        "n_corr": 5,
+        "epochs": 1,
+        "threshold": 1.0,
+    }
+    assert config["model"] == {"base": base, "learning_rate": 7e-6, "weight_decay": 0.1, "warmup_ratio": 0.03}
+    data, trainer = config["data"], config["trainer"]
+    assert data["sampling"] == data["test_sampling"] == {"temperature": 0.6, "top_p": 0.9, "max_tokens": 256}
+    assert data["reward"] == {"class_path": "stasc.reward.InAccuracy", "init_args": {"marker": None}}
+    assert data["batch_size"] == 8
+    assert trainer["accumulate_grad_batches"] == 1
+    assert (trainer["accelerator"], trainer["devices"], trainer["precision"]) == ("gpu", 2, "bf16-mixed")
+    assert (trainer["gradient_clip_val"], trainer["gradient_clip_algorithm"]) == (1.0, None)
+    assert trainer["strategy"]["class_path"] == "lightning.pytorch.strategies.FSDPStrategy"
+    assert config["sampler"]["class_path"] == "stasc.sampling.VLLMSampler"
+
+
+# ---------------------------------------------------------------- the runs
+
+ON_CPU = {
+    "qwen_eif": (
+        "qwen2",
+        5,
+        ["--trainer.devices", 2, "--trainer.strategy.class_path", "cpu_fsdp.CPUFSDPStrategy"],
+    ),
+    "phi3_eie": ("phi3", 1, ["--trainer.devices", 1, "--trainer.strategy", "auto"]),
+}
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+def test_the_configuration_runs_end_to_end(stasc, questions, tmp_path, name):
+    kind, n_init, devices = ON_CPU[name]
+    m0, run = parrot(tmp_path / "M_0", kind, questions), tmp_path / "run"
+    paths = [f"--data.{split}.init_args.path={questions / split}.jsonl" for split in SIZES]
+    done = stasc(
+        *("fit", "--config", f"configs/{name}.yaml", "--run_dir", run, "--model.base", m0, *paths),
+        *("--trainer.accelerator", "cpu", *devices),
+        *("--algorithm.iterations", 2, "--sampler.init_args.kv_cache_gib", 0.2),
+    )
+    assert done.returncode == 0, done.stderr
+    assert (run / "config.yaml").is_file()
+    for n in (0, 1, 2):
+        box = run / f"iteration-{n:02d}"
+        metrics = json.loads((box / "metrics.json").read_text())
+        assert (metrics["iteration"], metrics["test"]["count"]) == (n, SIZES["test"])
+        assert len(read_records(box / "test.jsonl")) == SIZES["test"]
+        if n > 0:
+            check_rollout(box, n_init)
+            check_model(box / "model", m0)
+    found = curves(run)
+    assert [step for step, _ in found["test/r2"]] == [0, 1, 2]
+    assert [step for step, _ in found["dataset/size"]] == [1, 2]
+    assert all(math.isfinite(loss) for _, loss in found["step/loss"])
+
+
+def check_rollout(box: Path, n_init: int) -> None:
+    """All files of an iteration's steps 1 to 3."""
+    trajectories = read_records(box / "trajectories.jsonl")
+    assert len(read_records(box / "initial.jsonl")) == SIZES["train"] * n_init
+    assert len(trajectories) == SIZES["train"] * n_init * 5
+    kept = [t for t in trajectories if t.r2 > t.r1]
+    assert kept
+    assert read_records(box / "dataset.jsonl") == kept
+    draws = defaultdict(set)
+    for t in trajectories:
+        assert t.correction.finished
+        draws[t.question.id, t.j].add(t.correction.token_ids)
+    assert len(draws) == SIZES["train"] * n_init
+    assert all(len(different) > 1 for different in draws.values())
+
+
+def check_model(folder: Path, m0: Path) -> None:
+    """M_n goes wherever M_0 went, and has learnt something."""
+    assert AutoTokenizer.from_pretrained(folder).chat_template
+    assert AutoModelForCausalLM.from_pretrained(folder).dtype == torch.bfloat16
+    assert {path.name for path in folder.iterdir()} == {path.name for path in m0.iterdir()}
+    for path in m0.iterdir():
+        if path.suffix != ".safetensors":
+            assert (folder / path.name).read_bytes() == path.read_bytes()
+    found, before = (load_file(path / "model.safetensors") for path in (folder, m0))
+    assert {name: (t.dtype, t.shape) for name, t in found.items()} == {
+        name: (t.dtype, t.shape) for name, t in before.items()
+    }
+    assert any(not torch.equal(found[name], before[name]) for name in found)
