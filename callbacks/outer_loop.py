@@ -11,7 +11,8 @@ from lightning.pytorch import Callback, Trainer
 from data import TrajectoryDataModule
 from stasc.errors import UserError
 from stasc.module import CorrectionSFT
-from stasc.pretrained import export, load_weights
+from stasc.pretrained import gather_weights, load_weights, log_probabilities, write_model
+from stasc.probe import Probe
 from stasc.run import write_json
 
 
@@ -80,12 +81,19 @@ class OuterLoop(Callback):
             pl_module.epoch_loss.reset()
         if data.epochs_done % data.algorithm.epochs:
             return
-        n, box = self.prepared, data.run.iteration(self.prepared)
+        n = self.prepared
         if not data.dataset:
             base = n - 1 if data.algorithm.evolving_finetuning else 0
             trainer.print(f"iteration {n}: D_{n} is empty, so M_{n} is M_{base}.", flush=True)
-        if not data.missing(box.model):
-            return
+        if data.missing(data.run.iteration(n).model):
+            self._write_model(trainer, pl_module)
+        torch.cuda.empty_cache()  # the engine, another process, takes what training leaves
+
+    def _write_model(self, trainer: Trainer, pl_module: CorrectionSFT) -> None:
+        """Write M_n, which comes last because it says that the iteration is trained."""
+        data: TrajectoryDataModule = trainer.datamodule
+        base, box = data.model_folder(0), data.run.iteration(self.prepared)
+        weights = gather_weights(trainer.strategy.model, base)
         if trainer.is_global_zero:
             training = {
                 "loss": sum(self.losses) / len(self.losses) if self.losses else None,
@@ -93,6 +101,7 @@ class OuterLoop(Callback):
                 "steps": pl_module.iteration_steps if self.losses else 0,
             }
             write_json(box.training, training)
-        export(trainer.strategy.model, data.model_folder(0), box.model)
+            sequences = data.probe_sequences
+            Probe(sequences, log_probabilities(weights, base, sequences)).write(box.probe)
+            write_model(weights, base, box.model)
         trainer.strategy.barrier("M_n is written")
-        torch.cuda.empty_cache()  # the engine, another process, takes what training leaves

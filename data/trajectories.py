@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ from stasc.errors import UserError
 from stasc.filtering import select
 from stasc.packing import CorrectionBatches
 from stasc.pretrained import context_length, load_generation_config, load_tokenizer, locate
+from stasc.probe import SEQUENCES, TOKENS, Probe
 from stasc.prompting import Dialogue, Prompts
 from stasc.reward import InAccuracy, Reward
 from stasc.rollout import Rollout
@@ -88,6 +90,8 @@ class TrajectoryDataModule(LightningDataModule):
         self.questions: dict[str, list[Question]] = {}
         self.dataset: list[Trajectory] = []
         """D_n of the iteration under way."""
+        self.loaded: Path | None = None
+        """Model folder that the sampler holds."""
 
     # What is under way
 
@@ -111,6 +115,12 @@ class TrajectoryDataModule(LightningDataModule):
         """Where M_n lies."""
         return self.run.iteration(n).model if n else self.base_folder
 
+    @property
+    def probe_sequences(self) -> list[list[int]]:
+        """A few token sequences on which an engine and the trainer must agree."""
+        questions = self.questions["train"][:SEQUENCES]
+        return [self.dialogue.initial_prompt(question.text)[-TOKENS:] for question in questions]
+
     # Set-up
 
     def load_questions(self, subcommand: str) -> None:
@@ -130,7 +140,8 @@ class TrajectoryDataModule(LightningDataModule):
         """Start the engine, which gets ready while the trainer loads its model."""
         if not self.questions:
             self.load_questions(stage)
-        self.rollout = Rollout(self.sampler, self.dialogue, self.reward, self.seed, self.context)
+        journals = self.run.journals if stage == "fit" else None
+        self.rollout = Rollout(self.sampler, self.dialogue, self.reward, self.seed, self.context, journals)
         log = self.run.folder / f"engine-{self.trainer.global_rank}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         device = self.trainer.strategy.root_device
@@ -174,18 +185,27 @@ class TrajectoryDataModule(LightningDataModule):
             self.run.iteration(n).test, lambda: self._answer_and_correct("test", n, f"M_{n} on test")
         )
 
+    def _load(self, n: int) -> None:
+        """Have the sampler take M_n, and make sure that it did."""
+        folder = self.model_folder(n)
+        if folder != self.loaded:
+            self.sampler.load(folder)
+            if n > 0:
+                Probe.read(self.run.iteration(n).probe).check(self.sampler, folder)
+            self.loaded = folder
+
     def _initial_answers(self, n: int) -> list[InitialAnswer]:
-        self.sampler.load(self.model_folder(n - 1))
+        self._load(n - 1)
         return self.rollout.initial_answers(
             self.questions["train"], self.algorithm.n_init, self.sampling, f"iteration {n}"
         )
 
     def _corrections(self, answers: Sequence[InitialAnswer], n: int) -> list[Trajectory]:
-        self.sampler.load(self.model_folder(n - 1))
+        self._load(n - 1)
         return self.rollout.corrections(answers, self.algorithm.n_corr, self.sampling, f"iteration {n}")
 
     def _answer_and_correct(self, questions: str, n: int, title: str) -> list[Trajectory]:
-        self.sampler.load(self.model_folder(n))
+        self._load(n)
         answers = self.rollout.initial_answers(self.questions[questions], 1, self.test_sampling, title)
         return self.rollout.corrections(answers, 1, self.test_sampling, title)
 
@@ -234,6 +254,7 @@ class TrajectoryDataModule(LightningDataModule):
         records = make()
         if self.trainer.is_global_zero:
             write_lines(path, map(to_json, records))
+            shutil.rmtree(self.run.journals, ignore_errors=True)
         self.trainer.strategy.barrier(f"{path.name} is written")
         return records
 

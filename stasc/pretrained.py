@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -87,27 +88,57 @@ def load_weights(wrapped: torch.nn.Module, folder: Path) -> None:
     set_model_state_dict(wrapped, weights, options=options)
 
 
-def export(wrapped: torch.nn.Module, base: Path, folder: Path) -> None:
-    """Write ``wrapped.model`` as the Hugging Face folder of M_n, atomically; a collective call on all ranks.
+def gather_weights(wrapped: torch.nn.Module, base: Path) -> dict[str, torch.Tensor]:
+    """The weights of ``wrapped.model`` as the files of M_n shall hold them: whole, and in M_0's dtype.
+
+    A collective call on all ranks; all but rank 0 get nothing.
+    """
+    weights = get_model_state_dict(wrapped, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if dist.is_initialized() and dist.get_rank() != 0:
+        return {}
+    tied = _shell(base).all_tied_weights_keys
+    dtype = AutoConfig.from_pretrained(base).dtype or torch.float32
+    own = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+    return {name: tensor.to(dtype) for name, tensor in own.items() if name not in tied}
+
+
+def write_model(weights: dict[str, torch.Tensor], base: Path, folder: Path) -> None:
+    """Write gathered weights as the Hugging Face folder of M_n, atomically.
 
     Everything but the weights (tokenizer, chat template, generation config, config with its dtype) is that
     of the folder ``base``, so M_n goes wherever M_0 went.
     """
-    weights = get_model_state_dict(wrapped, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if dist.is_initialized() and dist.get_rank() != 0:
-        return
-    config = AutoConfig.from_pretrained(base)
-    with torch.device("meta"):
-        shell = AutoModelForCausalLM.from_config(config)
-    dtype = config.dtype or torch.float32
-    tensors = {
-        name.removeprefix("model."): tensor.to(dtype)
-        for name, tensor in weights.items()
-        if name.removeprefix("model.") not in shell.all_tied_weights_keys
-    }
     with write_folder(folder) as unfinished:
-        shell.save_pretrained(unfinished, state_dict=tensors)
+        _shell(base).save_pretrained(unfinished, state_dict=dict(weights))
         for pattern in _CONFIGURATION_FILES:
             for path in sorted(base.glob(pattern)):
                 if not path.name.endswith(".index.json"):
                     shutil.copyfile(path, unfinished / path.name)
+
+
+@torch.inference_mode()
+def log_probabilities(
+    weights: dict[str, torch.Tensor], base: Path, sequences: Sequence[Sequence[int]]
+) -> list[list[float]]:
+    """What gathered weights say of each token but the first, in float32 on the CPU.
+
+    No file is read but the config of ``base``: this is what the trainer's own weights say, to compare an
+    engine with that has read them from files.
+    """
+    shell = _shell(base)
+    model = type(shell).from_pretrained(
+        None, config=shell.config, state_dict=dict(weights), dtype=torch.float32
+    )
+    model.eval()
+    found = []
+    for sequence in sequences:
+        ids = torch.tensor([sequence])
+        scores = model(input_ids=ids, use_cache=False).logits[0, :-1].log_softmax(-1)
+        found.append(scores.gather(1, ids[0, 1:, None])[:, 0].tolist())
+    return found
+
+
+def _shell(base: Path) -> PreTrainedModel:
+    """A model without weights."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))

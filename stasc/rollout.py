@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch.distributed as dist
 from tqdm.auto import tqdm
 
 from stasc.errors import UserError
+from stasc.journal import Journal
 from stasc.prompting import Dialogue
 from stasc.reward import Reward
 from stasc.sampling import Draw, Request, Sampler, Sampling
@@ -27,14 +29,24 @@ class Rollout:
         reward: Scores completions.
         seed: Of the run. Every draw follows from it, the stage, the question and the draw's number alone.
         context: Tokens that a prompt and its completion can take together.
+        journals: Folder for the draws of a stage under way, where a restart finds them.
     """
 
-    def __init__(self, sampler: Sampler, dialogue: Dialogue, reward: Reward, seed: int, context: int) -> None:
+    def __init__(
+        self,
+        sampler: Sampler,
+        dialogue: Dialogue,
+        reward: Reward,
+        seed: int,
+        context: int,
+        journals: Path | None = None,
+    ) -> None:
         self.sampler = sampler
         self.dialogue = dialogue
         self.reward = reward
         self.seed = seed
         self.context = context
+        self.journals = journals
 
     def initial_answers(
         self, questions: Sequence[Question], n_init: int, sampling: Sampling, stage: str
@@ -56,21 +68,17 @@ class Rollout:
         self, answers: Sequence[InitialAnswer], n_corr: int, sampling: Sampling, stage: str
     ) -> list[Trajectory]:
         """Step 2: ``n_corr`` corrections for each initial answer, in the order of the answers."""
+        alike = self._alike(answers, sampling, stage)
         requests = [
-            Request(
-                self.dialogue.correction_prompt(a.question.text, a.initial.text),
-                n_corr,
-                self._seed(stage, "correction", a.question.id, a.j),
-            )
-            for a in answers
+            Request(prompt, n_corr * len(group), self._seed(stage, "correction", question_id, group[0].j))
+            for (question_id, prompt), group in alike.items()
         ]
-        for answer, request in zip(answers, requests, strict=True):
-            if len(request.prompt_ids) + sampling.max_tokens > self.context:
-                raise UserError(
-                    f"{stage}, question '{answer.question.id}': with its initial answer the correction "
-                    f"prompt is {len(request.prompt_ids)} tokens long, which leaves no room for max_tokens "
-                    f"{sampling.max_tokens} in {self.context}; lower max_tokens or shorten the prompts."
-                )
+        corrections: dict[tuple[str, int], list[Completion]] = {}
+        drawn = self._complete(requests, sampling, f"{stage}: corrections")
+        for group, completions in zip(alike.values(), drawn, strict=True):
+            for at, answer in enumerate(group):
+                own = completions[at * n_corr : (at + 1) * n_corr]
+                corrections[answer.question.id, answer.j] = own
         return [
             Trajectory(
                 question=answer.question,
@@ -81,11 +89,25 @@ class Rollout:
                 r1=answer.r1,
                 r2=self.reward(correction.text, answer.question.references),
             )
-            for answer, completions in zip(
-                answers, self._complete(requests, sampling, f"{stage}: corrections"), strict=True
-            )
-            for k, correction in enumerate(completions)
+            for answer in answers
+            for k, correction in enumerate(corrections[answer.question.id, answer.j])
         ]
+
+    def _alike(
+        self, answers: Sequence[InitialAnswer], sampling: Sampling, stage: str
+    ) -> dict[tuple[str, tuple[int, ...]], list[InitialAnswer]]:
+        """Initial answers of one question that say the same share their correction prompt."""
+        alike: dict[tuple[str, tuple[int, ...]], list[InitialAnswer]] = {}
+        for answer in answers:
+            prompt = tuple(self.dialogue.correction_prompt(answer.question.text, answer.initial.text))
+            if len(prompt) + sampling.max_tokens > self.context:
+                raise UserError(
+                    f"{stage}, question '{answer.question.id}': with its initial answer the correction "
+                    f"prompt is {len(prompt)} tokens long, which leaves no room for max_tokens "
+                    f"{sampling.max_tokens} in {self.context}; lower max_tokens or shorten the prompts."
+                )
+            alike.setdefault((answer.question.id, prompt), []).append(answer)
+        return alike
 
     def _seed(self, *path: str | int) -> int:
         """The seed of one request: 32 bits, all that torch's CPU generator takes in."""
@@ -96,19 +118,41 @@ class Rollout:
         self, requests: Sequence[Request], sampling: Sampling, title: str
     ) -> list[list[Completion]]:
         rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        share = requests[rank::ranks]
-        draws: list[list[Draw]] = [[] for _ in share]
-        tokens = 0
-        total = sum(request.n for request in share)
+        journal = Journal(self.journals, title, rank) if self.journals else None
+        draws = _from_rank_zero(journal.read(requests)) if journal else {}
+        share = [i for i in range(len(requests)) if i not in draws][rank::ranks]
+        mine = [requests[i] for i in share]
+        total = sum(request.n for request in mine)
+        own, tokens = {}, 0
         with tqdm(total=total, desc=title, unit=" completions", disable=rank > 0) as bar:
-            for i, drawn in self.sampler.sample(share, sampling, self.dialogue.stop_ids):
-                draws[i] = drawn
+            for at, drawn in self.sampler.sample(mine, sampling, self.dialogue.stop_ids):
+                own[share[at]] = drawn
+                if journal:
+                    journal.add(share[at], mine[at], drawn)
                 tokens += sum(len(draw.token_ids) for draw in drawn)
                 bar.update(len(drawn))
-                elapsed = bar.format_dict["elapsed"]
-                bar.set_postfix_str(f"{tokens / max(elapsed, 1e-9):,.0f} tokens/s", refresh=False)
-        if ranks > 1:
-            shares: list[list[list[Draw]]] = [[] for _ in range(ranks)]
-            dist.all_gather_object(shares, draws)
-            draws = [shares[i % ranks][i // ranks] for i in range(len(requests))]
-        return [[Completion(self.dialogue.decode(d.token_ids), *d) for d in drawn] for drawn in draws]
+                said = f"{tokens / max(bar.format_dict['elapsed'], 1e-9):,.0f} tokens/s"
+                if self.sampler.prefix_hits is not None:
+                    said += f", {self.sampler.prefix_hits:.0%} of prompts cached"
+                bar.set_postfix_str(said, refresh=False)
+        for drawn in _from_all_ranks(own):
+            draws |= drawn
+        return [
+            [Completion(self.dialogue.decode(draw.token_ids), *draw) for draw in draws[i]]
+            for i in range(len(requests))
+        ]
+
+
+def _from_rank_zero(value: dict[int, list[Draw]]) -> dict[int, list[Draw]]:
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def _from_all_ranks(value: dict[int, list[Draw]]) -> list[dict[int, list[Draw]]]:
+    if not dist.is_initialized():
+        return [value]
+    values: list[dict[int, list[Draw]]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(values, value)
+    return values

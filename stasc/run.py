@@ -33,6 +33,8 @@ class Iteration:
         """D_n: the trajectories that the filter kept."""
         self.training = self.folder / "training.json"
         """Loss, learning rate and steps of the fine-tuning."""
+        self.probe = self.folder / "probe.json"
+        """What M_n says of a few fixed sequences while it is still in the trainer."""
         self.model = self.folder / "model"
         """M_n as a Hugging Face folder."""
         self.test = self.folder / "test.jsonl"
@@ -69,6 +71,8 @@ class Run:
         self.checkpoints = self.folder / "checkpoints"
         self.last_checkpoint = self.checkpoints / "last.ckpt"
         self.tensorboard = self.folder / "tensorboard"
+        self.journals = self.folder / "under-way"
+        """Draws of the stage under way."""
 
     def iteration(self, n: int) -> Iteration:
         """The files of iteration ``n``."""

@@ -312,3 +312,13 @@ def test_every_variant_is_taken_from_the_command_line_and_from_yaml(variant, mon
         with pytest.raises(SystemExit, match="0"):
             run()
         assert yaml.safe_load(capsys.readouterr().out)["algorithm"]["variant"] == variant
+
+
+def test_an_engine_that_keeps_old_weights_ends_the_run(stasc, tmp_path):
+    small = demo_fit(tmp_path / "run", train=60, test=10, iterations=2, sampler="users_own.StaleSampler")
+    process = stasc(*small)
+    assert process.returncode == 2
+    sentence = process.stderr.splitlines()[-1]
+    assert sentence.startswith("stasc: the sampling engine does not hold ")
+    assert not (tmp_path / "run/iteration-02/initial.jsonl").exists()
+    assert (tmp_path / "run/iteration-01/model").is_dir()

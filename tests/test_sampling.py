@@ -5,11 +5,14 @@ import json
 import logging
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,23 +53,38 @@ def random_model(seed: int) -> Qwen2ForCausalLM:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> Path:
-    """``first`` has hidden defaults that would change every completion; ``plain`` is it without them."""
+    """``first`` has hidden defaults that would change every completion; ``plain`` is it without them, and
+    ``embedding`` is ``plain`` but for the embedding, which is the output layer too."""
     root = tmp_path_factory.mktemp("some models")
-    for name, seed in (("plain", 0), ("first", 0), ("second", 1), ("broken", 1)):
+    names = {"plain": 0, "first": 0, "embedding": 0, "second": 1, "incomplete": 1, "truncated": 1}
+    for name, seed in names.items():
         random_model(seed).save_pretrained(root / name)
         (root / name / "generation_config.json").unlink()
     (root / "first" / "generation_config.json").write_text(json.dumps(DEFAULTS))
-    tensors = load_file(root / "broken" / "model.safetensors")
+    weights = {name: root / name / "model.safetensors" for name in names}
+
+    tensors = load_file(weights["embedding"])
+    tensors |= {"model.embed_tokens.weight": load_file(weights["second"])["model.embed_tokens.weight"]}
+    save_file(tensors, weights["embedding"], {"format": "pt"})
+
+    tensors = load_file(weights["incomplete"])
     del tensors["model.layers.1.mlp.up_proj.weight"]
-    save_file(tensors, root / "broken" / "model.safetensors", {"format": "pt"})
+    save_file(tensors, weights["incomplete"], {"format": "pt"})
+
+    os.truncate(weights["truncated"], weights["truncated"].stat().st_size - 1000)
     return root
 
 
 @pytest.fixture(scope="module")
 def samplers(models):
-    started = {"transformers": TransformersSampler(batch_size=16), "vllm": VLLMSampler(kv_cache_gib=0.1)}
-    for sampler in started.values():
-        sampler.start(models / "first", device=CPU, context=CONTEXT, log=models / "engine.log")
+    started = {
+        "transformers": TransformersSampler(batch_size=16),
+        "vllm": VLLMSampler(kv_cache_gib=0.1, log_level="WARNING"),
+    }
+    with pytest.MonkeyPatch.context() as shell:
+        shell.setenv("VLLM_BATCH_INVARIANT", "1")  # would be the end of an engine on the CPU
+        for sampler in started.values():
+            sampler.start(models / "first", device=CPU, context=CONTEXT, log=models / "engine.log")
     yield started
     for sampler in started.values():
         sampler.close()
@@ -108,6 +126,14 @@ def greedy(folder: Path, prompt: list[int], max_tokens: int) -> tuple[int, ...]:
     for _ in range(max_tokens):
         ids.append(read(folder)(torch.tensor([ids])).logits[0, -1].argmax().item())
     return tuple(ids[len(prompt) :])
+
+
+@torch.inference_mode()
+def log_probabilities(folder: Path, ids: list[int], head: Path | None = None) -> torch.Tensor:
+    """Those of the model in ``folder``, with the output layer of another if ``head`` is given."""
+    hidden = read(folder).model(torch.tensor([ids])).last_hidden_state[0, :-1]
+    scores = (hidden @ read(head or folder).lm_head.weight.T).log_softmax(dim=-1)
+    return scores[torch.arange(len(ids) - 1), ids[1:]]
 
 
 def worker_pid(sampler: VLLMSampler) -> int:
@@ -190,13 +216,70 @@ def test_new_weights(sampler, models):
     assert all_draws(sampler, asked, GREEDY) == before
 
 
-def test_missing_tensor_is_refused_and_the_old_weights_stay(sampler, models):
+@pytest.mark.parametrize(
+    ("folder", "reason"),
+    [
+        ("incomplete", r"incomplete is not of.*model\.layers\.1\.mlp\.up_proj\.weight is missing, not 96x64"),
+        ("truncated", r"truncated has no usable safetensors weights"),
+    ],
+)
+def test_damaged_weights_are_refused_and_the_old_ones_stay(sampler, models, folder, reason):
     asked = requests(3)
     before = all_draws(sampler, asked, GREEDY)
-    with pytest.raises(UserError, match=r"broken.*model.layers.1.mlp.up_proj.weight is missing, not 96x64"):
-        sampler.load(models / "broken")
+    engine = getattr(sampler, "_engine", None)
+    with pytest.raises(UserError, match=reason):
+        sampler.load(models / folder)
     sampler.release()
     assert all_draws(sampler, asked, GREEDY) == before
+    assert getattr(sampler, "_engine", None) is engine
+
+
+def test_log_probabilities_are_the_models(sampler, models):
+    prefix, *others = (request.prompt_ids * 10 for request in requests(4))
+    sequences = [prefix[:70], *(prefix[:70] + ids[:20] for ids in others), [3], prefix[: CONTEXT - 1]]
+    for folder in ("first", "second", "first"):
+        sampler.load(models / folder)
+        expected = [log_probabilities(models / folder, ids) for ids in sequences]
+        all_draws(sampler, [Request(ids, 2, 0) for ids in sequences[:4]], WARM)  # a warm prefix cache
+        for _ in range(2):
+            found = sampler.log_probabilities(sequences)
+            for of_found, of_expected in zip(found, expected, strict=True):
+                torch.testing.assert_close(torch.tensor(of_found), of_expected, atol=1e-4, rtol=0)
+
+
+def test_log_probabilities_tell_old_weights_from_new(sampler, models):
+    ids = requests(8)[7].prompt_ids
+    sampler.load(models / "embedding")
+    found = torch.tensor(sampler.log_probabilities([ids])[0])
+    torch.testing.assert_close(found, log_probabilities(models / "embedding", ids), atol=1e-4, rtol=0)
+    for stale in ("first", "embedding"):  # all of it, or the output layer alone
+        old = log_probabilities(models / stale, ids, head=models / "first")
+        assert (found - old).abs().mean() > 1e-2
+
+
+@pytest.mark.parametrize("sequence", [[], [VOCABULARY], [1] * CONTEXT])
+def test_impossible_sequences_are_refused(sampler, sequence):
+    with pytest.raises(ValueError, match="request 1 has"):
+        sampler.log_probabilities([[1, 2], sequence])
+
+
+def test_prompt_tokens_from_the_prefix_cache(samplers, vllm):
+    generator, one_token = random.Random(0), Sampling(max_tokens=1)
+    unrelated = [Request(generator.choices(range(VOCABULARY), k=100), 3, 0) for _ in range(20)]
+    all_draws(vllm, unrelated, one_token)
+    assert vllm.prefix_hits == 0
+
+    prefix = generator.choices(range(VOCABULARY), k=96)  # three blocks
+    alike = [Request(prefix + generator.choices(range(VOCABULARY), k=4), 3, 0) for _ in range(20)]
+    all_draws(vllm, alike, one_token)
+    assert vllm.prefix_hits == pytest.approx(19 / 20 * 96 / 100)
+    all_draws(vllm, alike, replace(GREEDY, max_tokens=1))
+    assert vllm.prefix_hits == pytest.approx(96 / 100)
+    assert list(vllm.sample([], WARM, [])) == []
+    assert vllm.prefix_hits is None
+
+    all_draws(samplers["transformers"], alike[:2], one_token)
+    assert samplers["transformers"].prefix_hits is None
 
 
 @pytest.mark.parametrize(
@@ -245,20 +328,29 @@ def test_dying_twice_in_a_row_is_told(models, monkeypatch):
     assert "encodings" in (models / "dead.log").read_text()
 
 
-def test_too_much_memory_is_told(models):
-    sampler = VLLMSampler(kv_cache_gib=10_000)
-    sampler.start(models / "first", device=CPU, context=CONTEXT, log=models / "greedy.log")
-    with pytest.raises(UserError, match=r"greedy\.log.*Lower kv_cache_gib \(now 10000\)"):
+@pytest.mark.parametrize(("gib", "advice"), [(1e6, "Lower"), (5e-5, "Raise")])
+def test_an_impossible_cache_is_told(models, tmp_path, gib, advice):
+    sampler = VLLMSampler(kv_cache_gib=gib)
+    sampler.start(models / "first", device=CPU, context=CONTEXT, log=tmp_path / "cache.log")
+    pid = worker_pid(sampler)
+    began = time.monotonic()
+    with pytest.raises(
+        UserError, match=rf"cache\.log.*{advice} kv_cache_gib \(now {re.escape(f'{gib:g}')}\)"
+    ):
         sampler.load(models / "second")
+    assert time.monotonic() - began < 60  # most of it the start of an engine
+    assert not session(pid)
 
 
 def test_an_abandoned_stream_does_not_spoil_the_next(vllm):
     asked = requests(5)
-    expected = all_draws(vllm, asked, GREEDY)
+    sequences = [request.prompt_ids for request in asked]
+    expected = all_draws(vllm, asked, GREEDY), vllm.log_probabilities(sequences)
     stream = vllm.sample(requests(40), WARM, [])
     next(stream)
     stream.close()
-    assert all_draws(vllm, asked, GREEDY) == expected
+    assert vllm.log_probabilities(sequences) == expected[1]
+    assert all_draws(vllm, asked, GREEDY) == expected[0]
 
 
 def test_no_vllm_is_told(models, monkeypatch):
@@ -268,28 +360,40 @@ def test_no_vllm_is_told(models, monkeypatch):
 
 
 PARENT = """
-import sys, time, torch
+import signal, sys, torch
 from pathlib import Path
 from stasc.sampling import Request, Sampling, VLLMSampler
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests may ignore it
 sampler = VLLMSampler(kv_cache_gib=0.1)
 sampler.start(Path(sys.argv[1]), device=torch.device("cpu"), context=64, log=Path(sys.argv[2]))
 print(sampler._engine._process.pid, flush=True)
-list(sampler.sample([Request([1, 2], 1, 0)], Sampling(max_tokens=2), []))
-print("ready", flush=True)
-time.sleep(600)
+while True:
+    for _ in sampler.sample([Request([1, i], 5, 0) for i in range(200)], Sampling(max_tokens=60), []):
+        print("sampling", flush=True)
 """
 
 
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+def session(leader: int) -> list[int]:
+    """The living processes of a session, as which each worker runs."""
+    living = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            state, _, _, its_session, *_ = stat.read_text().rpartition(")")[2].split()
+            if state != "Z" and int(its_session) == leader:
+                living.append(int(stat.parent.name))
+    return living
 
 
-@pytest.mark.parametrize("when", ["while it starts", "when it is ready"])
-def test_the_worker_dies_with_its_parent(models, tmp_path, when):
+@pytest.mark.parametrize(
+    ("how", "when"),
+    [
+        (signal.SIGKILL, "while it starts"),
+        (signal.SIGKILL, "while it samples"),
+        (signal.SIGINT, "while it samples"),
+    ],
+)
+def test_the_worker_ends_with_its_parent(models, tmp_path, how, when):
     # Uninstalled, from the repository's root, in a path with a space.
     root = tmp_path / "a copy"
     shutil.copytree(Path(stasc.__file__).parent, root / "stasc")
@@ -299,18 +403,22 @@ def test_the_worker_dies_with_its_parent(models, tmp_path, when):
         cwd=root,
         env=environment,
         stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
+        process_group=0,
     )
-    pid = int(parent.stdout.readline())
-    assert alive(pid)
-    if when == "when it is ready":
-        assert parent.stdout.readline() == "ready\n"
-    parent.kill()
-    parent.wait()
+    worker = int(parent.stdout.readline())
+    assert session(worker)
+    if when == "while it samples":
+        assert parent.stdout.readline() == "sampling\n"
+    os.killpg(parent.pid, how)  # Ctrl-C goes to the whole foreground process group
+    said, _ = parent.communicate(timeout=30)
+    assert parent.returncode == -how
+    assert ("KeyboardInterrupt" in said) == (how == signal.SIGINT)
     deadline = time.monotonic() + 30
-    while alive(pid) and time.monotonic() < deadline:
+    while session(worker) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not alive(pid)
+    assert not session(worker)
 
 
 def test_environment_of_the_worker(monkeypatch):
@@ -322,3 +430,37 @@ def test_environment_of_the_worker(monkeypatch):
     environment = handle._environment(torch.device("cuda", 1))
     assert environment["CUDA_VISIBLE_DEVICES"] == "GPU-7"
     assert not {"RANK", "MASTER_ADDR"} & environment.keys()
+
+
+def test_the_config_decides_and_not_the_shell(models, monkeypatch):
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    launched = []
+    monkeypatch.setattr(handle, "_Engine", lambda options, environment, log: launched.append(environment))
+    for sampler in (VLLMSampler(), VLLMSampler(log_level="DEBUG", batch_invariant=True)):
+        sampler.start(
+            models / "first", device=torch.device("cuda", 0), context=CONTEXT, log=models / "unused.log"
+        )
+    of_interest = "VLLM_BATCH_INVARIANT", "VLLM_LOGGING_LEVEL"
+    assert [[e[name] for name in of_interest] for e in launched] == [["0", "INFO"], ["1", "DEBUG"]]
+
+
+def test_a_level_of_the_log(vllm, models):
+    assert all_draws(vllm, requests(1), WARM)
+    log = (models / "engine.log").read_text()
+    assert " WARNING " in log
+    assert " INFO " not in log
+
+
+def test_batch_invariance_is_refused_where_there_is_none(models, monkeypatch):
+    sampler = VLLMSampler(batch_invariant=True)
+    with pytest.raises(UserError, match=r"batch_invariant.*On the CPU draws in float32 do not depend"):
+        sampler.start(models / "first", device=CPU, context=CONTEXT, log=models / "unused.log")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(UserError, match=r"batch_invariant.*8\.0 or more.*7\.5"):
+        sampler.start(
+            models / "first", device=torch.device("cuda", 0), context=CONTEXT, log=models / "unused.log"
+        )
+    assert sampler._engine is None
+    assert not (models / "unused.log").exists()

@@ -1,12 +1,14 @@
-"""What users bring along and name by its class path: a reward and a callback."""
+"""What users bring along and name by its class path: a reward, a callback, samplers."""
 
 import os
 import signal
 from collections.abc import Sequence
+from pathlib import Path
 
 from lightning.pytorch import Callback, Trainer
 
 from stasc.reward import InAccuracy
+from stasc.sampling import TransformersSampler
 
 
 class PaysInIteration(InAccuracy):
@@ -34,3 +36,10 @@ class Kill(Callback):
     def _kill(self, trainer: Trainer, *_: object) -> None:
         if trainer.datamodule.epochs_done == self.epochs_done:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+class StaleSampler(TransformersSampler):
+    """Says that it took the new weights, and samples from the old ones."""
+
+    def load(self, model: Path) -> None:
+        return None

@@ -59,9 +59,14 @@ class Draw(NamedTuple):
 class Sampler(ABC):
     """A model that completes token ids.
 
-    The order of calls is ``start``, then any number of ``load``, ``sample`` and ``release``, then
-    ``close``. Each training process has its own sampler on its own device.
+    The order of calls is ``start``, then any number of ``load``, ``sample``, ``log_probabilities`` and
+    ``release``, then ``close``. Each training process has its own sampler on its own device.
     """
+
+    prefix_hits: float | None = None
+    """Share of the prompt tokens of the last ``sample``, as far as it is answered, that were not computed
+    because an earlier prompt began with them; a prompt counts once, whatever its n. None where the engine
+    has no prefix cache, and before the first answer."""
 
     @abstractmethod
     def start(self, model: Path, *, device: torch.device, context: int, log: Path) -> None:
@@ -89,8 +94,16 @@ class Sampler(ABC):
         """Yield ``(i, the n draws of requests[i])`` as they are finished, in any order of ``i``."""
 
     @abstractmethod
+    def log_probabilities(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """The natural logarithm of the probability of each token but the first, given those before it.
+
+        At temperature 1, with nothing else applied. It is for a few sequences at a time, each with room for
+        one more token in the context: engines hold the whole vocabulary's scores for every token of one.
+        """
+
+    @abstractmethod
     def release(self) -> None:
-        """Give the accelerator's memory back for training; the next ``load`` or ``sample`` takes it again."""
+        """Give the accelerator's memory back for training; whatever is called next takes it again."""
 
     @abstractmethod
     def close(self) -> None:
@@ -115,3 +128,12 @@ def check_requests(
             )
         if min(prompt_ids) < 0 or (vocabulary is not None and max(prompt_ids) >= vocabulary):
             raise ValueError(f"request {i} has token ids outside of the model's vocabulary of {vocabulary}.")
+
+
+def check_sequences(sequences: Sequence[Sequence[int]], context: int, vocabulary: int | None) -> None:
+    """Find the sequences whose log-probabilities an engine cannot tell.
+
+    Raises:
+        ValueError: A sequence is empty, has unknown ids, or leaves no room for the token that engines add.
+    """
+    check_requests([Request(ids, 1, 0) for ids in sequences], Sampling(max_tokens=1), context, vocabulary)

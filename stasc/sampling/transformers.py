@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from stasc.errors import UserError
-from stasc.sampling.base import Draw, Request, Sampler, Sampling, check_requests
+from stasc.sampling.base import Draw, Request, Sampler, Sampling, check_requests, check_sequences
 from stasc.sampling.folder import check_same_tensors, model_dtype, read_config, tensor_shapes
 
 
@@ -62,6 +62,18 @@ class TransformersSampler(Sampler):
         check_requests(requests, sampling, self._context, self._vocabulary)
         return self._sample(requests, sampling, list(stop_ids))
 
+    @torch.inference_mode()
+    def log_probabilities(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """See ``Sampler``."""
+        check_sequences(sequences, self._context, self._vocabulary)
+        network = self._ready()
+        found = []
+        for sequence in sequences:  # one at a time, so nothing is padded
+            ids = torch.tensor([list(sequence)], device=self._device)
+            scores = network(ids, use_cache=False).logits[0, :-1].float().log_softmax(dim=-1)
+            found.append(scores.gather(1, ids[0, 1:, None])[:, 0].tolist())
+        return found
+
     def release(self) -> None:
         """See ``Sampler``; on CPU the weights stay."""
         if self._device.type == "cuda":
@@ -94,15 +106,13 @@ class TransformersSampler(Sampler):
     def _generate(
         self, prompts: Sequence[Sequence[int]], seeds: list[int], sampling: Sampling, stop_ids: list[int]
     ) -> list[Draw]:
-        if self._network is None:
-            self._network = self._read()
         width = max(map(len, prompts))
         ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=self._device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self._device)
         processors = LogitsProcessorList()
         if sampling.temperature > 0:
             processors.append(_SeededDraw(sampling, seeds, width, self._device))
-        completed = self._network.generate(
+        completed = self._ready().generate(
             ids,
             attention_mask=mask,
             logits_processor=processors,
@@ -114,6 +124,11 @@ class TransformersSampler(Sampler):
             ),
         )
         return [_until_stop(row, stop_ids) for row in completed[:, width:].tolist()]
+
+    def _ready(self) -> PreTrainedModel:
+        if self._network is None:
+            self._network = self._read()
+        return self._network
 
     def _read(self) -> PreTrainedModel:
         with torch.random.fork_rng(devices=[]):  # random initialisation comes before the weights

@@ -15,11 +15,12 @@ from contextlib import suppress
 from dataclasses import asdict
 from multiprocessing import Pipe
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
 from stasc.errors import UserError
-from stasc.sampling.base import Draw, Request, Sampler, Sampling, check_requests
+from stasc.sampling.base import Draw, Request, Sampler, Sampling, check_requests, check_sequences
 from stasc.sampling.folder import check_same_tensors, model_dtype, read_config, tensor_shapes
 
 _logger = logging.getLogger(__name__)
@@ -49,12 +50,22 @@ class VLLMSampler(Sampler):
     Args:
         kv_cache_gib: Memory of the key-value cache, beside that of the weights; more of it lets more
             completions run at the same time.
+        log_level: Of what vLLM writes to its log file.
+        batch_invariant: On CUDA devices of compute capability 8.0 or more, make draws independent of their
+            batch in every precision, at some cost in speed. Without it some draws change with the batch.
     """
 
-    def __init__(self, kv_cache_gib: float = 4.0) -> None:
+    def __init__(
+        self,
+        kv_cache_gib: float = 4.0,
+        log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO",
+        batch_invariant: bool = False,
+    ) -> None:
         if kv_cache_gib <= 0:
             raise UserError(f"kv_cache_gib is {kv_cache_gib}: it must be more than 0.")
         self.kv_cache_gib = kv_cache_gib
+        self.log_level = log_level
+        self.batch_invariant = batch_invariant
         self._engine: _Engine | None = None
 
     def start(self, model: Path, *, device: torch.device, context: int, log: Path) -> None:
@@ -64,6 +75,8 @@ class VLLMSampler(Sampler):
                 "vLLM is not installed: install it with ./setup.sh, or go without it by "
                 "--sampler TransformersSampler."
             )
+        if self.batch_invariant:
+            _check_batch_invariance(device)
         self.close()
         self._model = model.resolve()
         self._tensors = tensor_shapes(self._model)
@@ -94,7 +107,14 @@ class VLLMSampler(Sampler):
     ) -> Iterator[tuple[int, list[Draw]]]:
         """See ``Sampler``. Leaving the iterator early ends the engine; the next call starts another."""
         check_requests(requests, sampling, self._context, self._vocabulary)
+        self.prefix_hits = None
         return self._sample(dict(enumerate(requests)), sampling, list(stop_ids))
+
+    def log_probabilities(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """See ``Sampler``; the engine computes them afresh, whatever its prefix cache holds."""
+        check_sequences(sequences, self._context, self._vocabulary)
+        found = dict(self._ask(lambda: ("log_probabilities", [list(ids) for ids in sequences])))
+        return [found[i] for i in range(len(sequences))]
 
     def release(self) -> None:
         """See ``Sampler``; on CPU there is nothing to give back."""
@@ -110,14 +130,18 @@ class VLLMSampler(Sampler):
     def _sample(
         self, missing: dict[int, Request], sampling: Sampling, stop_ids: list[int]
     ) -> Iterator[tuple[int, list[Draw]]]:
-        for i, draws in self._ask(lambda: ("sample", list(missing.items()), asdict(sampling), stop_ids)):
-            del missing[i]
+        cached = prompts = 0
+        answers = self._ask(lambda: ("sample", list(missing.items()), asdict(sampling), stop_ids))
+        for i, draws, from_cache in answers:
+            cached += from_cache
+            prompts += len(missing.pop(i).prompt_ids)
+            self.prefix_hits = cached / prompts
             yield i, draws
 
     def _tell(self, *message: object) -> None:
         deque(self._ask(lambda: message), maxlen=0)
 
-    def _ask(self, message: Callable[[], tuple[object, ...]]) -> Iterator[tuple[int, list[Draw]]]:
+    def _ask(self, message: Callable[[], tuple[object, ...]]) -> Iterator[tuple[Any, ...]]:
         """The worker's answers. If it dies on the way another gets the message, made anew, and goes on."""
         replaced = False
         while True:
@@ -161,7 +185,12 @@ class VLLMSampler(Sampler):
         return f" {verb} kv_cache_gib (now {self.kv_cache_gib:g})."
 
     def _launch(self) -> _Engine:
-        return _Engine({"model": str(self._model), **self._options}, _environment(self._device), self._log)
+        environment = _environment(self._device) | {
+            "VLLM_LOGGING_LEVEL": self.log_level,
+            # Written down either way, so that the config decides and not the user's shell.
+            "VLLM_BATCH_INVARIANT": str(int(self.batch_invariant)),
+        }
+        return _Engine({"model": str(self._model), **self._options}, environment, self._log)
 
 
 class _Engine:
@@ -183,14 +212,14 @@ class _Engine:
             )
         theirs.close()  # or its death would not be the end of the pipe
 
-    def ask(self, *message: object) -> Iterator[tuple[int, list[Draw]]]:
+    def ask(self, *message: object) -> Iterator[tuple[Any, ...]]:
         """Send one message and yield the answers until the worker is done with it."""
         with suppress(OSError):  # a dead worker may have left the reason in the pipe
             self._pipe.send(message)
         while (answer := self._receive()) is not None:
             yield answer
 
-    def _receive(self) -> tuple[int, list[Draw]] | None:
+    def _receive(self) -> tuple[Any, ...] | None:
         try:
             answer = self._pipe.recv()
         except (EOFError, OSError) as error:
@@ -216,6 +245,20 @@ class _Engine:
         self._pipe.close()
 
 
+def _check_batch_invariance(device: torch.device) -> None:
+    if device.type == "cpu":
+        raise UserError(
+            "batch_invariant is for CUDA devices: leave it out. On the CPU draws in float32 do not depend on "
+            "the batch anyway, and for bfloat16 vLLM has no such mode there."
+        )
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        raise UserError(
+            "batch_invariant needs a CUDA device of compute capability 8.0 or more, and this one's is "
+            f"{capability[0]}.{capability[1]}: leave it out."
+        )
+
+
 def _environment(device: torch.device) -> dict[str, str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(_SCRUBBED)}
     environment |= {
@@ -230,6 +273,9 @@ def _environment(device: torch.device) -> dict[str, str]:
             "OMP_NUM_THREADS": str(torch.get_num_threads()),
             "OMP_WAIT_POLICY": "PASSIVE",
             "CUDA_VISIBLE_DEVICES": "",
+            # All that would be compiled is a count beside prompt_logprobs, for which each engine would call
+            # a C++ compiler for half a minute. The model runs eagerly either way.
+            "TORCH_COMPILE_DISABLE": "1",
         }
     index = torch.cuda.current_device() if device.index is None else device.index
     visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]

@@ -14,8 +14,12 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Never
 
 from stasc.sampling.base import Draw, Request
+
+if TYPE_CHECKING:
+    from vllm import RequestOutput
 
 _PR_SET_PDEATHSIG = 1
 
@@ -83,7 +87,7 @@ class Engine:
         self._model = model
         self._asleep = False
 
-    def load(self, model: str) -> Iterator[tuple[int, list[Draw]]]:
+    def load(self, model: str) -> Iterator[Never]:
         """Take the weights of another folder."""
         if model != self._model or self._asleep:
             if self._asleep:
@@ -97,8 +101,8 @@ class Engine:
             self._asleep = False
         yield from ()
 
-    def release(self) -> Iterator[tuple[int, list[Draw]]]:
-        """Give up the memory of weights and cache until the next ``load`` or ``sample``."""
+    def release(self) -> Iterator[Never]:
+        """Give up the memory of weights and cache until the next call of anything else."""
         if not self._asleep:
             self._engine.sleep(level=2)
             self._asleep = True
@@ -106,15 +110,15 @@ class Engine:
 
     def sample(
         self, requests: Sequence[tuple[int, Request]], sampling: dict[str, float], stop_ids: list[int]
-    ) -> Iterator[tuple[int, list[Draw]]]:
-        """Yield the draws of each numbered request as it is finished."""
+    ) -> Iterator[tuple[int, list[Draw], int]]:
+        """Yield ``(i, its draws, prompt tokens from the prefix cache)`` as request ``i`` is finished."""
         from vllm import SamplingParams
         from vllm.inputs.engine import tokens_input
         from vllm.sampling_params import RequestOutputKind
 
         yield from self.load(self._model)
         greedy = sampling["temperature"] == 0
-        copies = {}
+        copies, firsts = {}, {}
         for i, (prompt_ids, n, seed) in requests:
             copies[str(i)] = n if greedy else 1  # vLLM refuses more than one greedy completion
             parameters = SamplingParams(
@@ -132,13 +136,42 @@ class Engine:
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
-            self._engine.add_request(str(i), tokens_input(list(prompt_ids)), parameters)
+            name = self._engine.add_request(str(i), tokens_input(list(prompt_ids)), parameters)
+            # Of n draws all but the first find their own prompt in the cache, and the request's output tells
+            # of whichever was finished last.
+            first = name if parameters.n == 1 else f"0_{name}"
+            firsts[str(i)] = self._engine.output_processor.request_states[first]
+        for output in self._finished():
+            name = output.request_id
+            completions = sorted(output.outputs, key=lambda completion: completion.index)
+            draws = [_draw(c.token_ids, c.finish_reason == "stop") for c in completions]
+            yield int(name), draws * copies.pop(name), firsts.pop(name).num_cached_tokens
+
+    def log_probabilities(self, sequences: Sequence[list[int]]) -> Iterator[tuple[int, list[float]]]:
+        """Yield ``(i, log-probabilities of sequences[i])`` as they are finished."""
+        from vllm import SamplingParams
+        from vllm.inputs.engine import tokens_input
+        from vllm.sampling_params import RequestOutputKind
+
+        yield from self.load(self._model)
+        parameters = SamplingParams(
+            temperature=0.0,  # of the one token that is drawn, for want of fewer; the prompt's have none
+            max_tokens=1,
+            prompt_logprobs=0,  # none but the token's own; such a request does not read the prefix cache
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        for i, sequence in enumerate(sequences):
+            self._engine.add_request(str(i), tokens_input(sequence), parameters)
+        for output in self._finished():
+            tokens = zip(output.prompt_logprobs[1:], output.prompt_token_ids[1:], strict=True)
+            yield int(output.request_id), [of_tokens[token].logprob for of_tokens, token in tokens]
+
+    def _finished(self) -> Iterator[RequestOutput]:
         while self._engine.has_unfinished_requests():
             for output in self._engine.step():
                 if output.finished:
-                    completions = sorted(output.outputs, key=lambda completion: completion.index)
-                    draws = [_draw(c.token_ids, c.finish_reason == "stop") for c in completions]
-                    yield int(output.request_id), draws * copies.pop(output.request_id)
+                    yield output
 
 
 def _draw(token_ids: Sequence[int], finished: bool) -> Draw:

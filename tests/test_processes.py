@@ -1,0 +1,36 @@
+"""Several training processes, each with an engine of its own, and one: the same trajectories."""
+
+import subprocess
+import time
+from pathlib import Path
+
+from conftest import demo_fit
+
+SAME = ["iteration-00/test.jsonl"]
+SAME += [f"iteration-01/{box}.jsonl" for box in ("initial", "trajectories", "dataset")]
+
+
+def workers() -> list[str]:
+    """Command lines of all vLLM workers on this machine."""
+    processes = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True)
+    return [line for line in processes.stdout.splitlines() if "stasc.sampling.vllm_worker" in line]
+
+
+def test_one_process_and_two_sample_the_same(stasc, tmp_path):
+    runs: dict[int, Path] = {}
+    for processes in (1, 2):
+        runs[processes] = tmp_path / f"run with {processes}"
+        arguments = demo_fit(runs[processes], train=40, test=21, iterations=1, sampler="VLLMSampler")
+        strategy = ("--trainer.devices", processes, "--trainer.strategy", "ddp" if processes > 1 else "auto")
+        process = stasc(*arguments, "--sampler.kv_cache_gib", 0.2, *strategy)
+        assert process.returncode == 0, process.stderr[-3000:]
+        logs = sorted(path.name for path in runs[processes].glob("engine-*.log"))
+        assert logs == [f"engine-{rank}.log" for rank in range(processes)]
+        assert not (runs[processes] / "under-way").exists()
+    for box in SAME:
+        assert (runs[1] / box).read_bytes() == (runs[2] / box).read_bytes(), box
+    until = time.monotonic() + 10
+    mine = [line for line in workers() if str(tmp_path) in line]
+    while mine and time.monotonic() < until:
+        mine = [line for line in workers() if str(tmp_path) in line]
+    assert not mine, "a worker outlived its run"
