@@ -1,6 +1,7 @@
 """The command line as a user meets it: bad input ends in one sentence, status 2, and nothing written."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -171,6 +172,23 @@ def test_a_model_folder_is_evaluated_and_answers_questions(stasc, tmp_path):
     assert [a["question"] for a in answers] == [row["text"] for row in rows]
     assert all(set(a) == {"id", "question", "initial_answer", "correction"} for a in answers)
     assert answers[0]["initial_answer"] == trajectories[0]["initial"]["text"]
+
+
+def test_the_readmes_own_task(stasc, tmp_path):
+    """The lines that the README tells a user to write, laid over one of the paper's configs."""
+    path = jsonl(tmp_path / "mine.jsonl", *({"question": f"Why {i}?", "answers": ["a"]} for i in range(3)))
+    readme = (ROOT / "README.md").read_text()
+    lines = re.search(r"```yaml\n(data:\n  train:.*?)```", readme, re.DOTALL)[1]
+    (tmp_path / "my_task.yaml").write_text(re.sub(r"my_train\.jsonl|user/my-data-set", str(path), lines))
+    process = stasc(
+        *("test", "--config", ROOT / "configs/qwen_eif.yaml", "--config", tmp_path / "my_task.yaml"),
+        *("--run_dir", tmp_path / "run", "--model.base", tiny_model(tmp_path / "model")),
+        *("--trainer.accelerator", "cpu", "--trainer.devices", 1, "--trainer.strategy", "auto"),
+        *("--sampler", "TransformersSampler", "--data.test_sampling.max_tokens", 8),
+    )
+    assert process.returncode == 0, process.stderr
+    questions = [json.loads(line)["question"] for line in (tmp_path / "run/test.jsonl").open()]
+    assert [question["text"] for question in questions] == ["Why 0?", "Why 1?", "Why 2?"]
 
 
 def test_the_program_does_not_need_the_repository_as_working_folder(tmp_path, cache):
