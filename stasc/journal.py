@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from stasc.sampling import Draw, Request
 
@@ -23,6 +24,7 @@ class Journal:
         self.folder = folder
         self.stage = re.sub(r"\W+", "-", stage)
         self.own = folder / f"{self.stage}.{rank}.jsonl"
+        self._file: BinaryIO | None = None
 
     def read(self, requests: Sequence[Request]) -> dict[int, list[Draw]]:
         """The draws of those requests that are finished, by their number."""
@@ -39,6 +41,7 @@ class Journal:
 
     def add(self, number: int, request: Request, draws: list[Draw]) -> None:
         """Note the finished request of that number."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with self.own.open("ab") as file:
-            file.write(f"{json.dumps([number, request.seed, draws])}\n".encode())
+        if self._file is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._file = self.own.open("ab", buffering=0)
+        self._file.write(f"{json.dumps([number, request.seed, draws])}\n".encode())

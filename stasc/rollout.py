@@ -119,14 +119,15 @@ class Rollout:
     ) -> list[list[Completion]]:
         rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         journal = Journal(self.journals, title, rank) if self.journals else None
-        draws = _from_rank_zero(journal.read(requests)) if journal else {}
-        share = [i for i in range(len(requests)) if i not in draws][rank::ranks]
+        noted = _from_rank_zero(journal.read(requests)) if journal else {}
+        completions = {i: self._decode(drawn) for i, drawn in noted.items()}
+        share = [i for i in range(len(requests)) if i not in completions][rank::ranks]
         mine = [requests[i] for i in share]
         total = sum(request.n for request in mine)
         own, tokens = {}, 0
         with tqdm(total=total, desc=title, unit=" completions", disable=rank > 0) as bar:
             for at, drawn in self.sampler.sample(mine, sampling, self.dialogue.stop_ids):
-                own[share[at]] = drawn
+                own[share[at]] = self._decode(drawn)  # here, where the engine goes on meanwhile
                 if journal:
                     journal.add(share[at], mine[at], drawn)
                 tokens += sum(len(draw.token_ids) for draw in drawn)
@@ -135,12 +136,12 @@ class Rollout:
                 if self.sampler.prefix_hits is not None:
                     said += f", {self.sampler.prefix_hits:.0%} of prompts cached"
                 bar.set_postfix_str(said, refresh=False)
-        for drawn in _from_all_ranks(own):
-            draws |= drawn
-        return [
-            [Completion(self.dialogue.decode(draw.token_ids), *draw) for draw in draws[i]]
-            for i in range(len(requests))
-        ]
+        for others in _from_all_ranks(own):
+            completions |= others
+        return [completions[i] for i in range(len(requests))]
+
+    def _decode(self, draws: list[Draw]) -> list[Completion]:
+        return [Completion(self.dialogue.decode(draw.token_ids), *draw) for draw in draws]
 
 
 def _from_rank_zero(value: dict[int, list[Draw]]) -> dict[int, list[Draw]]:
@@ -150,9 +151,9 @@ def _from_rank_zero(value: dict[int, list[Draw]]) -> dict[int, list[Draw]]:
     return values[0]
 
 
-def _from_all_ranks(value: dict[int, list[Draw]]) -> list[dict[int, list[Draw]]]:
+def _from_all_ranks(value: dict[int, list[Completion]]) -> list[dict[int, list[Completion]]]:
     if not dist.is_initialized():
         return [value]
-    values: list[dict[int, list[Draw]]] = [{} for _ in range(dist.get_world_size())]
+    values: list[dict[int, list[Completion]]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(values, value)
     return values

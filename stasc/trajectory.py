@@ -6,7 +6,6 @@ r(y) the reward of an answer. A trajectory is (x, y1, y2) with both rewards.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +62,7 @@ class Trajectory:
 
 def to_json(record: InitialAnswer | Trajectory) -> str:
     """One line of JSONL; the same record always gives the same bytes."""
-    return json.dumps(dataclasses.asdict(record), ensure_ascii=False)
+    return json.dumps(record, default=vars, ensure_ascii=False)
 
 
 def from_json(line: str) -> InitialAnswer | Trajectory:
