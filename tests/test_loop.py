@@ -25,7 +25,7 @@ TRANSITIONS = {
     "wrong_to_wrong": (0, 0),
 }
 EVALUATION = {"test.jsonl", "metrics.json"}
-STEPS = {"initial.jsonl", "trajectories.jsonl", "dataset.jsonl", "training.json", "model"}
+STEPS = {"initial.jsonl", "trajectories.jsonl", "dataset.jsonl", "training.json", "probe.json", "model"}
 
 Chat = list[dict[str, str]]
 
@@ -58,7 +58,10 @@ def assert_it_learnt(done: Quickstart) -> None:
 
 def is_right(question: Question, answer: str) -> float:
     """The reward of the demo's short answers, by hand."""
-    return float(re.search(rf"\b{question.references[0]}\b", answer) is not None)
+    letters = question.references[0].replace(
+        "-", r"\W+"
+    )  # a model may write "e--x-r", which is the same words
+    return float(re.search(rf"\b{letters}\b", answer) is not None)
 
 
 # ---------------------------------------------------------------- the quickstart
