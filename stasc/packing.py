@@ -62,7 +62,7 @@ class CorrectionBatches(Dataset):
     ) -> None:
         self.dataset = dataset
         self.dialogue = dialogue
-        self.place = rank
+        self.rank = rank
         self.accumulate = accumulate
         self.places = ranks * accumulate
         self.ranks = ranks
@@ -77,7 +77,7 @@ class CorrectionBatches(Dataset):
             raise IndexError(index)
         step, turn = divmod(index, self.accumulate)
         members = [self.dataset[i] for i in self.steps[step]]
-        mine = members[self.place + turn * self.ranks :: self.places]
+        mine = members[self.rank + turn * self.ranks :: self.places]
         step_tokens = sum(len(t.correction.token_ids) + t.correction.finished for t in members)
         if mine:
             return pad([self.dialogue.training_example(t) for t in mine], step_tokens)
