@@ -16,7 +16,8 @@ import re
 import unicodedata
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -31,34 +32,47 @@ from stasc.errors import UserError
 _ARTICLE = r"(?<!\S)((?:[^\w\s]|_)*)(?:an?|the)(?=\s+(?:[^\w\s]|_)*\w)"
 _ARTICLES = re.compile(_ARTICLE, re.IGNORECASE)
 _SMALL_ARTICLES = re.compile(_ARTICLE)  # a capital "A" may be a name: "Vitamin A is ..."
-_NO_ARTICLES = re.compile(r"(?!)()")  # never matches
 
-# Common letters and signs that Unicode does not decompose.
-_PLAIN = str.maketrans(
-    {
-        "ø": "o",
-        "ł": "l",
-        "đ": "d",
-        "æ": "ae",
-        "œ": "oe",
-        "\N{LATIN SMALL LETTER DOTLESS I}": "i",
-        "\N{MINUS SIGN}": "-",
-        "\N{MODIFIER LETTER APOSTROPHE}": "'",
-        "\N{MODIFIER LETTER TURNED COMMA}": "'",
-    }
-)
+# Common letters that Unicode does not decompose, and what it does not take for punctuation.
+_PLAIN = {
+    "ø": "o",
+    "ł": "l",
+    "đ": "d",
+    "æ": "ae",
+    "œ": "oe",
+    "\N{LATIN SMALL LETTER DOTLESS I}": "i",
+    "\N{MINUS SIGN}": " ",
+    "\N{MODIFIER LETTER APOSTROPHE}": " ",
+    "\N{MODIFIER LETTER TURNED COMMA}": " ",
+}
 
 
-def normalize(text: str, articles: re.Pattern[str] = _ARTICLES) -> list[str]:
+def normalize(text: str) -> list[str]:
     """The words of a text, made comparable.
 
     Accents, typographic variants, case and punctuation (ASCII symbols included) do not count, nor do the
     articles a, an, the. A token is a run of letters, digits and marks, or one other symbol such as "€".
     So "5" is not "15" and "Paris" not "Parisian", while "1,000" is the two tokens "1" and "000".
     """
-    text = re.sub(r"[^\x00-\x7f]", lambda match: _unaccented(match[0]), text)
-    text = articles.sub(r"\1", text).casefold().translate(_PLAIN)
-    return re.sub(r"[^a-z0-9\s]", lambda match: _spaced(match[0]), text).split()
+    return next(_readings(text))
+
+
+def _readings(text: str) -> Iterator[list[str]]:
+    """The words of a text without articles, without those that are written small, and with all of them."""
+    text = str.translate(text, _UNACCENTED)  # a TypeError for what is no string
+    yield _words(_ARTICLES.sub(r"\1", text))
+    yield _words(_SMALL_ARTICLES.sub(r"\1", text))
+    yield _words(text)
+
+
+def _words(text: str) -> list[str]:
+    return text.casefold().translate(_SPACED).split()
+
+
+@lru_cache(maxsize=4096)
+def _reference_readings(reference: str) -> tuple[list[str], ...]:
+    """Those of a reference, kept because every completion of its question is compared with it."""
+    return tuple(_readings(reference))
 
 
 def _unaccented(char: str) -> str:
@@ -75,10 +89,27 @@ def _unaccented(char: str) -> str:
 
 
 def _spaced(char: str) -> str:
+    if char in _PLAIN:
+        return _PLAIN[char]
     kind = unicodedata.category(char)[0]
     if kind in "LNM":
         return char
     return f" {char} " if kind == "S" and not char.isascii() else " "
+
+
+class _Characters(dict[int, str]):
+    """A table for `str.translate`, which learns what becomes of a character when it first occurs."""
+
+    def __init__(self, replace: Callable[[str], str]) -> None:
+        self._replace = replace
+
+    def __missing__(self, code: int) -> str:
+        self[code] = self._replace(chr(code))
+        return self[code]
+
+
+_UNACCENTED = _Characters(_unaccented)
+_SPACED = _Characters(_spaced)
 
 
 def in_accuracy(prediction: str, references: Sequence[str]) -> float:
@@ -89,19 +120,12 @@ def in_accuracy(prediction: str, references: Sequence[str]) -> float:
     """
     # Whether a word is an article can be unclear, so they agree if they do in any one of three readings.
     # A lone "a" is left out of the literal one: nearly every prediction has that word somewhere.
-    return float(
-        _contains(prediction, references, _ARTICLES)
-        or _contains(prediction, references, _SMALL_ARTICLES)
-        or _contains(prediction, references, _NO_ARTICLES, min_words=2)
-    )
-
-
-def _contains(
-    prediction: str, references: Sequence[str], articles: re.Pattern[str], min_words: int = 1
-) -> bool:
-    said = f" {' '.join(normalize(prediction, articles))} "
-    wanted = [normalize(reference, articles) for reference in _checked(references)]
-    return any(f" {' '.join(words)} " in said for words in wanted if len(words) >= min_words)
+    readings = map(_reference_readings, _checked(references))
+    for least, said, *wanted in zip((1, 1, 2), _readings(prediction), *readings, strict=True):
+        text = f" {' '.join(said)} "
+        if any(f" {' '.join(words)} " in text for words in wanted if len(words) >= least):
+            return 1.0
+    return 0.0
 
 
 def exact_match(prediction: str, references: Sequence[str]) -> float:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    DynamicCache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -106,15 +107,18 @@ class TransformersSampler(Sampler):
     def _generate(
         self, prompts: Sequence[Sequence[int]], seeds: list[int], sampling: Sampling, stop_ids: list[int]
     ) -> list[Draw]:
-        width = max(map(len, prompts))
-        ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=self._device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self._device)
+        places = {prompt: at for at, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+        rows = torch.tensor([places[tuple(prompt)] for prompt in prompts], device=self._device)
+        width = max(map(len, places))
+        ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in places], device=self._device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in places], device=self._device)
         processors = LogitsProcessorList()
         if sampling.temperature > 0:
             processors.append(_SeededDraw(sampling, seeds, width, self._device))
         completed = self._ready().generate(
-            ids,
-            attention_mask=mask,
+            ids[rows],
+            attention_mask=mask[rows],
+            past_key_values=self._read_prompts(ids, mask, rows),
             logits_processor=processors,
             generation_config=GenerationConfig(
                 do_sample=False,
@@ -124,6 +128,20 @@ class TransformersSampler(Sampler):
             ),
         )
         return [_until_stop(row, stop_ids) for row in completed[:, width:].tolist()]
+
+    def _read_prompts(self, ids: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor) -> DynamicCache:
+        """What the model keeps of the prompts, each computed once, in the order of ``rows``.
+
+        Without their last tokens: ``generate`` wants something to begin with.
+        """
+        network = self._ready()
+        cache = DynamicCache(config=network.config)
+        ids, mask = ids[:, :-1], mask[:, :-1]
+        if ids.shape[1]:
+            place = (mask.cumsum(dim=-1) - 1).clamp(min=0)
+            network(ids, attention_mask=mask, position_ids=place, past_key_values=cache, logits_to_keep=1)
+            cache.batch_select_indices(rows)
+        return cache
 
     def _ready(self) -> PreTrainedModel:
         if self._network is None:

@@ -124,7 +124,7 @@ class VLLMSampler(Sampler):
     def close(self) -> None:
         """See ``Sampler``."""
         if self._engine is not None:
-            self._engine.close()
+            self._engine.kill()
             self._engine = None
 
     def _sample(
@@ -153,7 +153,7 @@ class VLLMSampler(Sampler):
                     yield answer
                 return
             except EngineDied as death:
-                self._abandon()
+                self.close()
                 if replaced:
                     raise UserError(
                         f"The sampling engine died twice in a row ({death}; what it said is in {self._log}): "
@@ -169,13 +169,8 @@ class VLLMSampler(Sampler):
                     f"The sampling engine failed ({failure}; more in {self._log}).{advice}"
                 ) from failure
             except BaseException:  # also a caller that went away: the answers left in the pipe are nobody's
-                self._abandon()
+                self.close()
                 raise
-
-    def _abandon(self) -> None:
-        if self._engine is not None:
-            self._engine.kill()
-            self._engine = None
 
     def _advice(self, failure: str) -> str:
         if "memory" not in failure.lower():
@@ -229,15 +224,11 @@ class _Engine:
             raise EngineFailed(answer)
         return answer
 
-    def close(self) -> None:
-        """Let the worker tidy up and end, if it is not busy."""
-        self._pipe.close()
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout=5)
-        self.kill()
-
     def kill(self) -> None:
-        """End the worker and whatever it started."""
+        """End the worker and whatever it started.
+
+        It keeps nothing that would be lost, and to end by itself it takes seconds.
+        """
         if self._process.returncode is None:  # not waited for, so the number is still its own
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)

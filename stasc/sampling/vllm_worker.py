@@ -16,6 +16,8 @@ from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Never
 
+import torch.distributed as dist
+
 from stasc.sampling.base import Draw, Request
 
 if TYPE_CHECKING:
@@ -82,6 +84,8 @@ class Engine:
             worker_extension_cls="stasc.sampling.vllm_worker.WeightSwap",
             **special,
         )
+        # vLLM would make its process group over a file in the temporary folder, which stays if we are killed.
+        dist.init_process_group(current_platform.dist_backend, store=dist.HashStore(), rank=0, world_size=1)
         # The context in which vLLM's defaults are those for batches rather than for serving.
         self._engine = LLMEngine.from_engine_args(arguments, usage_context=UsageContext.LLM_CLASS)
         self._model = model
