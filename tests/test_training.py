@@ -2,13 +2,16 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import curves, demo_fit, tiny_model, tiny_tokenizer
+from conftest import ROOT, curves, demo_fit, tiny_model, tiny_tokenizer
 from lightning.pytorch import Callback, LightningModule, Trainer
 from safetensors.torch import load_file
 from torch import Tensor
@@ -18,14 +21,14 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from data import demo
+from stasc.likelihood import NegativeLogLikelihood
 from stasc.module import CorrectionSFT, CosineWithWarmup
-from stasc.packing import IGNORED, CorrectionBatches
+from stasc.packing import CorrectionBatches, Example
 from stasc.pretrained import load_tokenizer
 from stasc.prompting import Dialogue, Message, Prompts
 from stasc.trajectory import Completion, Question, Trajectory, read_records
 
 PROMPTS = Prompts([Message("user", "{question}")], [Message("user", "{question} {initial_answer}")])
-Example = tuple[list[int], list[int]]
 Tensors = dict[str, Tensor]
 
 
@@ -104,6 +107,13 @@ def test_even_a_single_step_learns(warmup_ratio):
 
 # ---------------------------------------------------------------- the steps of an epoch
 
+KINDS = {
+    "trees": {},
+    "rows": {"prefix_sharing": False},
+    "cut": {"token_budget": 130},
+    "cut-rows": {"token_budget": 130, "prefix_sharing": False},
+}
+"""Prefix trees, padded rows, and both with more micro-batches where memory asks for them."""
 PLACES = [(ranks, accumulate) for ranks in (1, 2) for accumulate in (1, 2, 3)]
 
 
@@ -131,39 +141,43 @@ def dataset(dialogue: Dialogue, size: int) -> list[Trajectory]:
     ]
 
 
-def batches(dialogue: Dialogue, places: tuple[int, int], size: int, seed: int = 0) -> list[CorrectionBatches]:
+def batches(
+    dialogue: Dialogue, places: tuple[int, int], size: int, seed: int = 0, **options: object
+) -> list[CorrectionBatches]:
     """One for each rank, in steps of 8."""
     ranks, accumulate = places
+    shared = {"seed": seed, "ranks": ranks, "accumulate": accumulate, **options}
     return [
-        CorrectionBatches(
-            dataset(dialogue, size), dialogue, 8, seed=seed, rank=rank, ranks=ranks, accumulate=accumulate
-        )
+        CorrectionBatches(dataset(dialogue, size), dialogue.training_example, 8, rank=rank, **shared)
         for rank in range(ranks)
     ]
 
 
-def targets_of_steps(of_ranks: list[CorrectionBatches]) -> list[Counter[tuple[int, ...]]]:
-    """What the places of each step learn, all ranks together."""
-    steps = [Counter() for _ in range(len(of_ranks[0]) // of_ranks[0].accumulate)]
-    for of_rank in of_ranks:
-        for i, batch in enumerate(of_rank):
-            for ids, labels in zip(batch.input_ids, batch.labels, strict=True):
-                learnt = ids[labels != IGNORED].tolist()
-                assert learnt == labels[labels != IGNORED].tolist()
-                steps[i // of_rank.accumulate].update([tuple(learnt)] if learnt else [])
+def targets_of_steps(of_ranks: list[CorrectionBatches]) -> list[Counter[int]]:
+    """The tokens that each step learns, all ranks together."""
+    steps = [Counter()]
+    for of_all_ranks in zip(*of_ranks, strict=True):
+        for batch in of_all_ranks:
+            for token, count in zip(batch.targets.tolist(), batch.counts.tolist(), strict=True):
+                steps[-1][token] += count
+        (ends,) = {batch.ends_step for batch in of_all_ranks}
+        if ends:
+            steps.append(Counter())
+    assert not steps.pop()
     return steps
 
 
 @pytest.mark.parametrize("size", [1, 16, 17])
 @pytest.mark.parametrize("places", PLACES)
 def test_every_correction_is_learnt_once_in_an_epoch(dialogue, places, size):
-    of_ranks = batches(dialogue, places, size)
-    assert {len(of_rank) for of_rank in of_ranks} == {math.ceil(size / 8) * places[1]}
-    steps = targets_of_steps(of_ranks)
-    assert [step.total() for step in steps] == [8] * (size // 8) + [1] * (size % 8)
-    expected = Counter(tuple(dialogue.training_example(t)[1]) for t in dataset(dialogue, size))
-    assert sum(steps, Counter()) == expected
-    assert steps == targets_of_steps(batches(dialogue, (1, 1), size))
+    for sharing in (True, False):
+        of_ranks = batches(dialogue, places, size, prefix_sharing=sharing)
+        assert {len(of_rank) for of_rank in of_ranks} == {math.ceil(size / 8) * places[1]}
+        steps = targets_of_steps(of_ranks)
+        assert len(steps) == math.ceil(size / 8)
+        learnt = [token for t in dataset(dialogue, size) for token in dialogue.training_example(t)[1]]
+        assert sum(steps, Counter()) == Counter(learnt)
+        assert steps == targets_of_steps(batches(dialogue, (1, 1), size))
 
 
 def test_the_order_follows_from_the_seed_alone(dialogue):
@@ -175,38 +189,41 @@ def test_the_order_follows_from_the_seed_alone(dialogue):
 
 def examples_of_steps(dialogue: Dialogue, size: int) -> list[list[Example]]:
     (whole,) = batches(dialogue, (1, 1), size)
-    return [[dialogue.training_example(whole.dataset[i]) for i in step] for step in whole.steps]
+    return [whole.examples(step) for step in range(whole.steps)]
 
 
+@pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("places", PLACES)
-def test_the_places_add_up_to_the_gradient_of_the_mean(folder, dialogue, places):
+def test_the_places_add_up_to_the_gradient_of_the_mean(folder, dialogue, places, options):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
-    of_ranks = batches(dialogue, places, 17)
-    for step, examples in enumerate(examples_of_steps(dialogue, 17)):
-        expected = gradients(model, examples)
-        model.zero_grad()
-        for of_rank in of_ranks:
-            for turn in range(places[1]):
-                batch = of_rank[step * places[1] + turn]
-                logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-                loss = torch.nn.functional.cross_entropy(
-                    logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), reduction="sum"
-                )
-                (loss / batch.step_tokens).backward()
-        found = {name: parameter.grad for name, parameter in model.named_parameters()}
-        assert distance(found, expected) < 1e-6
+    likelihood = NegativeLogLikelihood(model)
+    steps = iter(examples_of_steps(dialogue, 17))
+    model.zero_grad()
+    for of_all_ranks in zip(*batches(dialogue, places, 17, **options), strict=True):
+        for batch in of_all_ranks:
+            (likelihood(batch) / batch.step_tokens).backward()
+        if batch.ends_step:
+            found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+            assert distance(found, gradients(model, next(steps))) < 1e-6
+            model.zero_grad()
+    assert next(steps, None) is None
 
 
 # ---------------------------------------------------------------- under a real Trainer
 
 
 def fit(
-    folder: Path, dialogue: Dialogue, root: Path, learning_rate: float, **trainer: object
+    folder: Path,
+    dialogue: Dialogue,
+    root: Path,
+    learning_rate: float,
+    options: dict[str, object] | None = None,
+    **arguments: object,
 ) -> CorrectionSFT:
+    """Train in steps of 8 on 17 corrections, which ``Recorder`` records in ``root``."""
+    root.mkdir(exist_ok=True, parents=True)
     module = CorrectionSFT(str(folder), learning_rate=learning_rate)
-    accumulate = trainer.get("accumulate_grad_batches", 1)
-    (of_rank,) = batches(dialogue, (1, accumulate), 17)
-    Trainer(
+    trainer = Trainer(
         accelerator="cpu",
         max_epochs=1,
         callbacks=Recorder(),
@@ -215,19 +232,34 @@ def fit(
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        **trainer,
-    ).fit(module, DataLoader(of_rank, batch_size=None))
+        use_distributed_sampler=False,
+        **{"devices": 1, **arguments},
+    )
+    places = trainer.world_size, trainer.accumulate_grad_batches
+    of_rank = batches(dialogue, places, 17, **(options or {}))[trainer.global_rank]
+    trainer.fit(module, DataLoader(of_rank, batch_size=None))
+    assert trainer.global_step == of_rank.steps
+    assert trainer.accumulate_grad_batches == places[1]
     return module
 
 
-@pytest.mark.parametrize("accumulate", [1, 2, 3])
-def test_the_optimiser_gets_the_gradient_of_the_mean(folder, dialogue, tmp_path, accumulate):
-    fit(folder, dialogue, tmp_path, 1e-3, accumulate_grad_batches=accumulate)
+@pytest.mark.parametrize("strategy", ["one", "ddp", "fsdp"])
+def test_the_optimiser_gets_the_gradient_of_the_mean(folder, dialogue, tmp_path, strategy):
+    script = Path(__file__).parent / "fit_places.py"
+    done = subprocess.run(
+        [sys.executable, str(script), strategy, str(folder), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
     model = AutoModelForCausalLM.from_pretrained(folder)
-    steps = recorded(tmp_path)
-    for step, examples in zip(steps, examples_of_steps(dialogue, 17), strict=True):
-        model.load_state_dict(step["weights"], strict=False)
-        assert distance(step["gradients"], gradients(model, examples)) < 1e-5
+    expected = examples_of_steps(dialogue, 17)
+    for run in [f"{accumulate}-{kind}" for accumulate in (1, 2, 4) for kind in KINDS]:
+        for step, examples in zip(recorded(tmp_path / run), expected, strict=True):
+            model.load_state_dict(step["weights"], strict=False)
+            assert distance(step["gradients"], gradients(model, examples)) < 1e-5
 
 
 def test_bf16_mixed_keeps_float32_masters(folder, dialogue, tmp_path):
@@ -282,8 +314,9 @@ def evolving(demo_run) -> Path:
 
 @pytest.fixture(scope="module", params=["ddp", "fsdp"])
 def fixed(demo_run, request) -> Path:
-    """EIF on two processes, each of which takes two micro-batches for a step."""
-    return demo_run(request.param, "--algorithm.variant", "EIF", "--trainer.accumulate_grad_batches", 2)
+    """EIF on two processes, each of which takes two micro-batches for a step, or three for memory."""
+    options = ("--trainer.accumulate_grad_batches", 2, "--data.token_budget", 64)
+    return demo_run(request.param, "--algorithm.variant", "EIF", *options)
 
 
 @pytest.fixture(scope="module")
@@ -302,7 +335,7 @@ def box(run: Path, n: int) -> Path:
 
 def steps_of(run: Path, n: int) -> list[dict]:
     """The recorded steps of an iteration."""
-    counts = [json.loads((box(run, i) / "training.json").read_text())["steps"] for i in (1, 2)]
+    counts = [json.loads((box(run, i) / "training.json").read_text())["training"]["steps"] for i in (1, 2)]
     steps = recorded(run)
     assert len(steps) == sum(counts)
     return steps[: counts[0]] if n == 1 else steps[counts[0] :]

@@ -1,0 +1,304 @@
+"""Prefix trees: the loss and gradient of plain padded rows, for less; and what fits into a micro-batch."""
+
+import random
+from collections.abc import Iterator, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    Gemma2Config,
+    GraniteConfig,
+    LlamaConfig,
+    Phi3Config,
+    PreTrainedModel,
+    Qwen2Config,
+)
+
+from stasc import likelihood
+from stasc.errors import UserError
+from stasc.likelihood import NegativeLogLikelihood
+from stasc.packing import Batch, CorrectionBatches, Example, pack, pad
+from stasc.prefix_tree import prefix_tree
+from stasc.trajectory import Completion, Question, Trajectory
+
+VOCABULARY = 50
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.2,  # attends to what it should, rather than to everything alike
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+CONFIGS = {
+    "llama": LlamaConfig(**SIZES),
+    "qwen2": Qwen2Config(**SIZES, tie_word_embeddings=True),
+    "phi3": Phi3Config(**SIZES, sliding_window=2047),
+    "phi3-window": Phi3Config(**SIZES, sliding_window=6),
+    "qwen2-mixed": Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=6, max_window_layers=1),
+    "gemma2": Gemma2Config(**SIZES, head_dim=16, sliding_window=6, final_logit_softcapping=5.0),
+    "granite": GraniteConfig(**SIZES, logits_scaling=3.0, attention_multiplier=0.25),
+}
+
+
+def model(config: str, **changes: object) -> PreTrainedModel:
+    torch.manual_seed(0)
+    built = type(CONFIGS[config])(**{**CONFIGS[config].to_dict(), **changes})
+    return AutoModelForCausalLM.from_config(built).train()
+
+
+def words(length: int, seed: int) -> list[int]:
+    return random.Random(seed).choices(range(VOCABULARY), k=length)
+
+
+DEMONSTRATIONS, ANSWER = words(20, 0), words(10, 1)
+EXAMPLES: dict[str, list[Example]] = {
+    "shared": [
+        (DEMONSTRATIONS + ANSWER, words(7, 2)),
+        (DEMONSTRATIONS + words(5, 3), words(9, 4)),
+        (DEMONSTRATIONS + ANSWER, words(12, 5)),
+    ],
+    "nothing shared": [([1, *words(8, 6)], words(3, 7)), ([2, *words(15, 8)], words(5, 9))],
+    "one token": [(DEMONSTRATIONS, [3]), (DEMONSTRATIONS, [4]), ([5], [6])],
+    "twice": [(DEMONSTRATIONS, words(5, 10)), ([7, 8], [9, 9]), (DEMONSTRATIONS, words(5, 10))],
+    "begin alike": [(ANSWER, words(6, 11)), (ANSWER, [*words(6, 11)[:3], 1, 2]), (ANSWER, words(6, 11)[:2])],
+    "a target is another's prompt": [(ANSWER[:4], ANSWER[4:]), (ANSWER, words(4, 12))],
+}
+
+
+def of_each_alone(model: PreTrainedModel, examples: Sequence[Example]) -> Tensor:
+    """The sum over all targets by the model's own logits, one example after another, without padding."""
+    losses = []
+    for prompt, target in examples:
+        logits = model(input_ids=torch.tensor([prompt + target])).logits[0, len(prompt) - 1 : -1]
+        losses.append(-logits.log_softmax(-1)[range(len(target)), target].sum())
+    return torch.stack(losses).sum()
+
+
+def gradients(model: PreTrainedModel, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+# ---------------------------------------------------------------- the layout
+
+
+def test_every_shared_beginning_stands_once():
+    tree = prefix_tree([[1, 2, 3], [1, 2, 4, 5], [6], [1, 2]])
+    assert tree.tokens.tolist() == [1, 2, 3, 4, 5, 6]
+    assert tree.depths.tolist() == [0, 1, 2, 2, 3, 0]
+    assert tree.ends.tolist() == [5, 5, 3, 5, 5, 6]
+    assert [path.tolist() for path in tree.paths] == [[0, 1, 2], [0, 1, 3, 4], [5], [0, 1]]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_token_comes_after_exactly_those_that_lead_to_it(seed):
+    draw = random.Random(seed)
+    sequences = [draw.choices("ab", k=draw.randint(1, 8)) for _ in range(draw.randint(1, 12))]
+    sequences = [[ord(letter) for letter in sequence] for sequence in sequences]
+    tree = prefix_tree(sequences)
+    beginnings = {tuple(s[: n + 1]) for s in sequences for n in range(len(s))}
+    assert len(tree.tokens) == len(beginnings)
+    for sequence, path in zip(sequences, tree.paths, strict=True):
+        assert tree.tokens[path].tolist() == sequence
+        assert tree.depths[path].tolist() == list(range(len(sequence)))
+        for depth, place in enumerate(path.tolist()):
+            before = [j for j in range(place + 1) if place < tree.ends[j]]
+            assert before == path[: depth + 1].tolist()
+
+
+# ---------------------------------------------------------------- loss and gradient
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("examples", EXAMPLES)
+@pytest.mark.parametrize("config", CONFIGS)
+def test_trees_and_rows_give_the_loss_and_gradient_of_each_alone(config, examples, chunked, monkeypatch):
+    if chunked:
+        monkeypatch.setattr(likelihood, "LOGITS", 3 * VOCABULARY)
+    of = model(config)
+    alone = of_each_alone(of, EXAMPLES[examples])
+    expected = gradients(of, alone)
+    for lay_out in (pack, pad):
+        summed = NegativeLogLikelihood(of)(lay_out(EXAMPLES[examples], 1, ends_step=True))
+        assert summed.item() == pytest.approx(alone.item(), rel=1e-5)
+        for name, gradient in gradients(of, summed).items():
+            assert float((gradient - expected[name]).norm() / expected[name].norm()) < 1e-5, name
+
+
+@pytest.mark.parametrize("config", ["phi3-window", "qwen2-mixed"])
+def test_the_windows_of_these_tests_bite(config):
+    batch = pack(EXAMPLES["shared"], 1, ends_step=True)
+    with torch.no_grad():
+        narrow = NegativeLogLikelihood(model(config))(batch)
+        wider, wide = (NegativeLogLikelihood(model(config, sliding_window=w))(batch) for w in (7, 100))
+    assert abs(float(narrow - wide)) > 1e-2
+    assert abs(float(narrow - wider)) > 1e-2
+
+
+def test_logits_are_computed_at_the_targets_alone_and_few_at_once(monkeypatch):
+    monkeypatch.setattr(likelihood, "LOGITS", 4 * VOCABULARY)
+    of = model("qwen2")
+    summed = NegativeLogLikelihood(of)
+    rows = []
+    of.get_output_embeddings().register_forward_hook(lambda module, args, out: rows.append(out.shape[0]))
+    loss = summed(pack(EXAMPLES["shared"], 1, ends_step=True))
+    assert max(rows) == 4
+    assert sum(rows) == 7 + 9 + 12  # at the targets alone
+    loss.backward()
+    assert max(rows) == 4
+
+
+def test_no_targets_weigh_nothing_and_reach_all_parameters():
+    for config in ("qwen2", "granite"):
+        of = model(config)
+        for lay_out in (pack, pad):
+            loss = NegativeLogLikelihood(of)(lay_out([([1], [])], 1, ends_step=True))
+            assert loss.item() == 0
+            assert all(not gradient.any() for gradient in gradients(of, loss).values())
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("examples", EXAMPLES)
+@pytest.mark.parametrize("config", ["llama", "phi3-window", "qwen2-mixed"])
+def test_flex_attention_says_the_same(config, examples):
+    """Forward only, and as it is written rather than compiled: on a CPU there is no more of it."""
+    of = model(config)
+    for lay_out in (pack, pad):
+        batch = lay_out(EXAMPLES[examples], 1, ends_step=True)
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            expected = NegativeLogLikelihood(of)(batch)
+            found = NegativeLogLikelihood(model(config), "flex")(batch)
+        assert float(found) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_a_model_that_cannot_read_trees_says_so():
+    of = AutoModelForCausalLM.from_config(BloomConfig(vocab_size=50, hidden_size=64, n_layer=2, n_head=4))
+    summed = NegativeLogLikelihood(of)
+    examples = EXAMPLES["shared"]
+    rows = summed(pad(examples, 1, ends_step=True))
+    assert rows.item() == pytest.approx(of_each_alone(of, examples).item(), rel=1e-5)
+    with pytest.raises(UserError, match=r"set data\.prefix_sharing to false"):
+        summed(pack(examples, 1, ends_step=True))
+
+
+# ---------------------------------------------------------------- what fits into a micro-batch
+
+
+class LazyTrajectories(Sequence[Trajectory]):
+    """Three corrections of each of two initial answers of each question; counts what is read."""
+
+    def __init__(self, questions: int) -> None:
+        self.size = 6 * questions
+        self.read: list[int] = []
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Trajectory:
+        if not 0 <= index < self.size:
+            raise IndexError(index)
+        self.read.append(index)
+        question, j, k = index // 6, index // 3 % 2, index % 3
+        correction = Completion("", tuple(words(5 + index % 7, index)), finished=False)
+        return Trajectory(Question(f"q{question}", ""), j, k, Completion("", (), False), correction, 0, 1)
+
+
+def example(trajectory: Trajectory) -> Example:
+    """Prompts of 30 tokens or more, 20 of which all share; that of q3 is huge."""
+    own = words(10, 100 + 2 * int(trajectory.question.id[1:]) + trajectory.j)
+    huge = words(150, 1) if trajectory.question.id == "q3" else []
+    return DEMONSTRATIONS + own + huge, list(trajectory.correction.token_ids)
+
+
+def of_ranks(questions: int, ranks: int, **options: object) -> list[CorrectionBatches]:
+    return [
+        CorrectionBatches(LazyTrajectories(questions), example, 8, seed=0, rank=rank, ranks=ranks, **options)
+        for rank in range(ranks)
+    ]
+
+
+def learnt(batches: Iterator[Batch]) -> int:
+    return sum(int(batch.counts.sum()) for batch in batches)
+
+
+@pytest.mark.parametrize("sharing", [True, False])
+@pytest.mark.parametrize(("ranks", "accumulate"), [(1, 1), (2, 1), (2, 3)])
+def test_no_micro_batch_is_larger_than_the_budget(ranks, accumulate, sharing):
+    every = of_ranks(5, ranks, accumulate=accumulate, prefix_sharing=sharing, token_budget=210)
+    whole = of_ranks(5, 1, prefix_sharing=sharing)[0]
+    assert len({len(one) for one in every}) == 1
+    assert whole.steps == every[0].steps == 4
+    assert len(whole) == 4
+    rows = list(zip(*every, strict=True))
+    assert max(batch.input_ids.numel() for row in rows for batch in row) <= 210
+    assert sum(batch.ends_step for (batch, *_) in rows) == 4
+    assert learnt(batch for row in rows for batch in row) == learnt(iter(whole))
+    ends = [i for i, (batch, *_) in enumerate(rows) if batch.ends_step]
+    turns = [b - a for a, b in zip([-1, *ends], ends, strict=False)]
+    assert min(turns) >= accumulate
+    if accumulate == 1:
+        assert len(set(turns)) > 1  # some steps need more for q3 than others
+
+
+@pytest.mark.parametrize("sharing", [True, False])
+def test_the_budget_holds_to_the_token(sharing):
+    budgets = range(191, 400)
+    of_budgets = [of_ranks(5, 1, prefix_sharing=sharing, token_budget=budget)[0] for budget in budgets]
+    largest = [max(batch.input_ids.numel() for batch in batches) for batches in of_budgets]
+    assert all(size <= budget for size, budget in zip(largest, budgets, strict=True))
+    assert any(size == budget for size, budget in zip(largest, budgets, strict=True))
+
+
+def test_a_step_is_dealt_out_evenly():
+    pair = of_ranks(2, 2, prefix_sharing=False)
+    for one, other in zip(*pair, strict=True):
+        assert abs(len(one.input_ids) - len(other.input_ids)) <= 2
+        assert abs(one.input_ids.numel() - other.input_ids.numel()) < 60
+
+
+def test_an_example_that_cannot_fit_is_named():
+    with pytest.raises(UserError, match=r"data.token_budget is 100, .* question 'q3' has \d+ tokens"):
+        of_ranks(5, 1, token_budget=100)
+
+
+def test_only_the_step_at_hand_is_read_and_read_once():
+    (batches,) = of_ranks(100, 1, accumulate=2, longest=192, token_budget=192 * 4)
+    assert len(batches) == 2 * 75
+    assert batches.dataset.read == []
+    first = [batches[0], batches[1]]
+    assert len(batches.dataset.read) == 8
+    assert sum(int(batch.counts.sum()) for batch in first) == first[0].step_tokens
+
+
+def test_where_lengths_are_not_known_the_batches_are_the_same():
+    (known,) = of_ranks(5, 1, accumulate=2, longest=192, token_budget=192 * 4)
+    (unknown,) = of_ranks(5, 1, accumulate=2, token_budget=192 * 4)
+    assert len(known) == len(unknown)
+    for one, other in zip(known, unknown, strict=True):
+        assert torch.equal(one.input_ids, other.input_ids)
+
+
+def test_a_length_that_was_said_wrongly_is_found():
+    (batches,) = of_ranks(5, 1, longest=10, token_budget=210)
+    with pytest.raises(RuntimeError, match="longer than"):
+        list(batches)
+
+
+def test_corrections_of_an_answer_can_be_kept_together():
+    (scattered,) = of_ranks(20, 1)
+    (together,) = of_ranks(20, 1, group_corrections=True)
+    assert sorted(together.order.tolist()) == list(range(120))
+    groups = together.order.reshape(-1, 3)
+    assert (groups // 3 == groups[:, :1] // 3).all()
+    assert groups[:, 0].tolist() != sorted(groups[:, 0].tolist())
+    assert sum(b.input_ids.numel() for b in together) < 0.8 * sum(b.input_ids.numel() for b in scattered)
+    assert learnt(iter(together)) == learnt(iter(scattered))
