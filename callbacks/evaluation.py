@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from callbacks.curves import Curves
 from data import TrajectoryDataModule
-from stasc.filtering import improves
 from stasc.module import CorrectionSFT
-from stasc.reward import SelfCorrection
-from stasc.run import Iteration, write_json
-from stasc.trajectory import Trajectory, read_records
+from stasc.run import write_json
+from stasc.scoring import figures
+from stasc.trajectory import Trajectory
 
 TRANSITIONS = ("wrong_to_right", "right_to_wrong", "right_to_right", "wrong_to_wrong")
 SHOWN = 12
@@ -25,12 +26,19 @@ class Evaluation(Callback):
     """Samples an initial answer and a correction of every test question from each M_n, M_0 included.
 
     M_{n-1} is evaluated at the start of iteration n, while the sampler still holds it; M_N at the end. Each
-    iteration's figures go into its ``metrics.json`` and to the loggers, with the iteration as the step.
+    iteration's figures go into its ``metrics.json`` and from there to the loggers, with the iteration as the
+    step.
     """
+
+    def on_fit_start(self, trainer: Trainer, pl_module: CorrectionSFT) -> None:
+        """Tell the loggers what is compared in ablations."""
+        for logger in trainer.loggers:
+            logger.log_hyperparams(hyperparameters(trainer.datamodule, pl_module))
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: CorrectionSFT) -> None:
         """Evaluate M_{n-1}."""
         data: TrajectoryDataModule = trainer.datamodule
+        _begin_curves(trainer)
         if data.epochs_done % data.algorithm.epochs == 0:
             self._evaluate(trainer, data.iteration - 1)
 
@@ -42,61 +50,74 @@ class Evaluation(Callback):
         data: TrajectoryDataModule = trainer.datamodule
         run, last = data.run, data.algorithm.iterations
         if data.epochs_done == trainer.max_epochs:
+            _begin_curves(trainer)
             self._evaluate(trainer, last)
         boxes = [run.iteration(n) for n in range(last + 1)]
         if trainer.is_global_zero and all(box.metrics.is_file() for box in boxes):
             print("\n" + summary_table([json.loads(box.metrics.read_text()) for box in boxes]))
             print(f"\ncurves  tensorboard --logdir '{run.tensorboard}'")
-            print(f"models  {run.iteration(1).model} to {boxes[-1].model}")
+            if last:
+                print(f"models  {run.iteration(1).model} to {boxes[-1].model}")
 
     def _evaluate(self, trainer: Trainer, n: int) -> None:
         data: TrajectoryDataModule = trainer.datamodule
         box = data.run.iteration(n)
-        trajectories = data.test_trajectories(n)
-        if not data.missing(box.metrics):
-            return
+        rounds = data.test_rounds(n)
+        greedy = data.test_greedily(n)
+        missing = data.missing(box.metrics)
         if trainer.is_global_zero:
-            threshold = data.algorithm.threshold
-            metrics = {"iteration": n, "test": scores(trajectories, threshold), **training(box, threshold)}
+            trajectories = list(rounds[0])
+            if missing:
+                metrics = {"iteration": n, **figures(rounds, greedy, data.algorithm.threshold)}
+                if n > 0:
+                    metrics |= json.loads(box.training.read_text())
+                write_json(box.metrics, metrics)
+                print(summary_line(metrics), flush=True)
+            points = curves([json.loads(data.run.iteration(m).metrics.read_text()) for m in range(n + 1)])
             for logger in trainer.loggers:
-                logger.log_metrics(_curves(metrics), step=n)
-                if isinstance(logger, TensorBoardLogger):
+                logger.log_metrics(points, step=n)
+                if isinstance(logger, Curves | TensorBoardLogger):
                     logger.experiment.add_text("test/trajectories", sample_table(trajectories), n)
                 logger.save()
-            write_json(box.metrics, metrics)
-            print(summary_line(metrics), flush=True)
         trainer.strategy.barrier("metrics are written")
 
 
-def scores(trajectories: Sequence[Trajectory], threshold: float) -> dict[str, float]:
-    """Mean rewards and transitions of trajectories."""
-    # All of them are on rank 0, which alone computes this: there is nothing to synchronise.
-    metric = SelfCorrection(threshold, sync_on_compute=False)
-    metric.update([t.r1 for t in trajectories], [t.r2 for t in trajectories])
-    return {name: value.item() for name, value in metric.compute().items()}
+def _begin_curves(trainer: Trainer) -> None:
+    for logger in trainer.loggers:
+        if isinstance(logger, Curves):
+            logger.begin(trainer.datamodule.epochs_done)
 
 
-def training(box: Iteration, threshold: float) -> dict[str, Any]:
-    """What an iteration learnt from; nothing for M_0."""
-    if box.n == 0:
-        return {}
-    kept = read_records(box.dataset)
-    improving = sum(map(improves, kept))
+def hyperparameters(data: TrajectoryDataModule, module: CorrectionSFT) -> dict[str, str | float]:
+    """What tells the runs of an ablation from each other."""
     return {
-        "train": scores(read_records(box.trajectories), threshold),
-        "dataset": {"size": len(kept), "improving": improving, "non_decreasing": len(kept) - improving},
-        "training": json.loads(box.training.read_text()),
+        "system": data.algorithm.name,
+        "model": "/".join(Path(data.base).parts[-2:]),
+        "seed": data.seed,
+        "n_init": data.algorithm.n_init,
+        "n_corr": data.algorithm.n_corr,
+        "epochs": data.algorithm.epochs,
+        "learning_rate": module.learning_rate,
+        "batch_size": data.batch_size,
+        "temperature": data.sampling.temperature,
     }
 
 
-def _curves(metrics: dict[str, Any]) -> dict[str, float]:
-    return {
+def curves(iterations: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The last iteration's points of all curves, among them the best rewards up to there.
+
+    Args:
+        iterations: The metrics of M_0 to M_n.
+    """
+    points = {
         f"{group}/{name}": value
-        for group, values in metrics.items()
+        for group, values in iterations[-1].items()
         if isinstance(values, dict)
         for name, value in values.items()
         if value is not None
     }
+    best = {f"best/{turn}": max(metrics["test"][turn] for metrics in iterations) for turn in ("r1", "r2")}
+    return points | best
 
 
 def summary_line(metrics: dict[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -55,12 +54,13 @@ class OuterLoop(Callback):
         torch.manual_seed(data.epoch_seed)
         pl_module.train()
         self.prepared = data.iteration
-        steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        steps = trainer.train_dataloader.dataset.steps if data.dataset else 1
         pl_module.iteration_steps = steps * data.algorithm.epochs
         if data.epochs_done % data.algorithm.epochs:
             return
-        if self.prepared > 1 and not data.algorithm.evolving_finetuning:
-            load_weights(trainer.strategy.model, data.model_folder(0))
+        base = data.algorithm.base_model(self.prepared)
+        if base != self.prepared - 1:  # those of M_{n-1} are in place
+            load_weights(trainer.strategy.model, data.model_folder(base))
         trainer.strategy.setup_optimizers(trainer)
         self.losses = []
 
@@ -83,7 +83,7 @@ class OuterLoop(Callback):
             return
         n = self.prepared
         if not data.dataset:
-            base = n - 1 if data.algorithm.evolving_finetuning else 0
+            base = data.algorithm.base_model(n)
             trainer.print(f"iteration {n}: D_{n} is empty, so M_{n} is M_{base}.", flush=True)
         if data.missing(data.run.iteration(n).model):
             self._write_model(trainer, pl_module)
@@ -95,12 +95,12 @@ class OuterLoop(Callback):
         base, box = data.model_folder(0), data.run.iteration(self.prepared)
         weights = gather_weights(trainer.strategy.model, base)
         if trainer.is_global_zero:
-            training = {
+            fitted = {
                 "loss": sum(self.losses) / len(self.losses) if self.losses else None,
                 "learning_rate": pl_module.learning_rate if self.losses else 0.0,
                 "steps": pl_module.iteration_steps if self.losses else 0,
             }
-            write_json(box.training, training)
+            write_json(box.training, {**data.learnt_from, "training": fitted})
             sequences = data.probe_sequences
             Probe(sequences, log_probabilities(weights, base, sequences)).write(box.probe)
             write_model(weights, base, box.model)

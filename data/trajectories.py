@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,18 +17,18 @@ from torch.utils.data import DataLoader
 from data.questions import QuestionSource
 from stasc.algorithm import Algorithm
 from stasc.errors import UserError
-from stasc.filtering import select
 from stasc.packing import CorrectionBatches
 from stasc.pretrained import context_length, load_generation_config, load_tokenizer, locate
 from stasc.probe import SEQUENCES, TOKENS, Probe
 from stasc.prompting import Dialogue, Prompts
 from stasc.reward import InAccuracy, Reward
 from stasc.rollout import Rollout
-from stasc.run import Run, write_lines
+from stasc.run import Run, write_json, write_lines
 from stasc.sampling import Sampler, Sampling
-from stasc.trajectory import InitialAnswer, Question, Trajectory, read_records, to_json
+from stasc.scoring import figures, scores, sizes
+from stasc.trajectory import Completion, InitialAnswer, Question, Record, Records, Trajectory, to_json
 
-Record = TypeVar("Record", InitialAnswer, Trajectory)
+Answered = TypeVar("Answered", bound=Sequence[Trajectory])
 
 
 class TrajectoryDataModule(LightningDataModule):
@@ -37,7 +39,14 @@ class TrajectoryDataModule(LightningDataModule):
         test: Questions to evaluate on.
         prompts: What is asked.
         sampling: How training answers and corrections are drawn.
-        test_sampling: How answers and corrections are drawn in evaluation; one of each per question.
+        test_sampling: How answers and corrections are drawn in evaluation.
+        test_samples: Initial answers per test question, each with one correction.
+        test_greedy: Evaluate one more, greedy answer and correction per question.
+        training_prompts: What the training examples ask; by default what was asked in sampling.
+        prefix_sharing: Compute what the examples of a micro-batch begin with once for all of them; otherwise
+            each is a padded row of its own. The gradient is the same.
+        token_budget: Tokens of a micro-batch of one process, which bound the memory of training.
+        group_corrections: Keep the corrections of an initial answer side by side in the shuffle.
         reward: Scores completions.
         batch_size: Corrections per optimiser step, over all devices and accumulation together.
         predict: Questions for ``predict``; references are not needed.
@@ -63,22 +72,43 @@ class TrajectoryDataModule(LightningDataModule):
         run_dir: str,
         reward: Reward = InAccuracy(),  # noqa: B008  (has no state)
         batch_size: int = 8,
+        test_samples: int = 1,
+        test_greedy: bool = False,
+        training_prompts: Prompts | None = None,
+        prefix_sharing: bool = True,
+        token_budget: int = 16384,
+        group_corrections: bool = False,
         predict: QuestionSource | None = None,
         output: str | None = None,
         seed: int = 42,
     ) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise UserError(f"data.batch_size is {batch_size}: it must be 1 or more.")
+        for name, size in (("batch_size", batch_size), ("test_samples", test_samples)):
+            if size < 1:
+                raise UserError(f"data.{name} is {size}: it must be 1 or more.")
         if sampling.temperature == 0 and max(algorithm.n_init, algorithm.n_corr) > 1:
             raise UserError(
                 "data.sampling.temperature is 0, so all draws of a prompt are the same: "
                 "raise it, or set algorithm.n_init and algorithm.n_corr to 1."
             )
+        if test_sampling.temperature == 0 and test_samples > 1:
+            raise UserError(
+                "data.test_sampling.temperature is 0, so all samples of a question are the same: "
+                "raise it, or set data.test_samples to 1."
+            )
+        for name in algorithm.prompts:
+            if getattr(prompts, name) is None:
+                raise UserError(f"data.prompts has no {name}: {algorithm.name} needs these messages.")
         self.sources = {"train": train, "test": test, "predict": predict}
         self.prompts = prompts
+        self.training_prompts = training_prompts
         self.sampling = sampling
         self.test_sampling = test_sampling
+        self.test_samples = test_samples
+        self.test_greedy = test_greedy
+        self.prefix_sharing = prefix_sharing
+        self.token_budget = token_budget
+        self.group_corrections = group_corrections
         self.reward = reward
         self.batch_size = batch_size
         self.output = output
@@ -88,8 +118,10 @@ class TrajectoryDataModule(LightningDataModule):
         self.run = Run(run_dir)
         self.seed = seed
         self.questions: dict[str, list[Question]] = {}
-        self.dataset: list[Trajectory] = []
+        self.dataset: Sequence[Trajectory] = []
         """D_n of the iteration under way."""
+        self.learnt_from: dict[str, dict[str, Any]] = {}
+        """Rewards of that iteration's trajectories, and what D_n holds."""
         self.loaded: Path | None = None
         """Model folder that the sampler holds."""
 
@@ -133,7 +165,9 @@ class TrajectoryDataModule(LightningDataModule):
             self.questions[name] = source.load(with_references=name != "predict")
         self.base_folder = locate(self.base)
         tokenizer = load_tokenizer(self.base_folder)
-        self.dialogue = Dialogue(tokenizer, self.prompts, load_generation_config(self.base_folder))
+        generation_config = load_generation_config(self.base_folder)
+        self.dialogue = Dialogue(tokenizer, self.prompts, generation_config)
+        self.training_dialogue = Dialogue(tokenizer, self.training_prompts or self.prompts, generation_config)
         self.context = max(self._check_context(name) for name in needed)
 
     def setup(self, stage: str) -> None:
@@ -159,31 +193,36 @@ class TrajectoryDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Steps 1 to 3 of iteration n, as far as they are not done yet, and the batches of D_n."""
+        if self.algorithm.iterations == 0:
+            return DataLoader([None], batch_size=None)
         n = self.iteration
         box = self.run.iteration(n)
-        first = box if self.algorithm.evolving_initialization else self.run.iteration(1)
+        # M_0's answers, under Fixed initialisation, are those of iteration 1.
+        first = self.run.iteration(self.algorithm.initial_model(n) + 1)
         answers = self._stage(first.initial, lambda: self._initial_answers(first.n))
-        trajectories = self._stage(box.trajectories, lambda: self._corrections(answers, n))
-        self.dataset = self._stage(box.dataset, lambda: select(trajectories, self.algorithm))
+        trajectories = self._stage(box.trajectories, lambda: self._second_turns(answers, n))
+        self.dataset = self._stage(box.dataset, lambda: self.algorithm.select(trajectories))
+        self.learnt_from = {
+            "train": scores(trajectories, self.algorithm.threshold),
+            "dataset": sizes(self.dataset),
+        }
         if not self.dataset:
             # Lightning ends the whole fit on an empty loader; the module skips this one batch instead.
             return DataLoader([None], batch_size=None)
         batches = CorrectionBatches(
             self.dataset,
-            self.dialogue,
+            lambda trajectory: self.algorithm.example(self.training_dialogue, trajectory),
             self.batch_size,
             seed=self.epoch_seed,
+            token_budget=self.token_budget,
+            prefix_sharing=self.prefix_sharing,
+            group_corrections=self.group_corrections,
+            longest=None if self.training_prompts else self.context,
             rank=self.trainer.global_rank,
             ranks=self.trainer.world_size,
             accumulate=self.trainer.accumulate_grad_batches,
         )
         return DataLoader(batches, batch_size=None)
-
-    def test_trajectories(self, n: int) -> list[Trajectory]:
-        """One answer and one correction of every test question by M_n."""
-        return self._stage(
-            self.run.iteration(n).test, lambda: self._answer_and_correct("test", n, f"M_{n} on test")
-        )
 
     def _load(self, n: int) -> None:
         """Have the sampler take M_n, and make sure that it did."""
@@ -200,22 +239,75 @@ class TrajectoryDataModule(LightningDataModule):
             self.questions["train"], self.algorithm.n_init, self.sampling, f"iteration {n}"
         )
 
-    def _corrections(self, answers: Sequence[InitialAnswer], n: int) -> list[Trajectory]:
+    def _second_turns(self, answers: Iterable[InitialAnswer], n: int) -> list[Trajectory]:
         self._load(n - 1)
-        return self.rollout.corrections(answers, self.algorithm.n_corr, self.sampling, f"iteration {n}")
+        return self.algorithm.second_turns(self.rollout, list(answers), self.sampling, f"iteration {n}")
 
-    def _answer_and_correct(self, questions: str, n: int, title: str) -> list[Trajectory]:
+    # Evaluation
+
+    def test_rounds(self, n: int) -> list[Records[Trajectory]]:
+        """Answers of M_n to the test questions: trajectories of each round of corrections."""
+        box, title = self.run.iteration(n), f"M_{n} on test"
+        return self._rounds(n, title, lambda turn, make: self._stage(box.test_round(turn), make))
+
+    def test_greedily(self, n: int) -> Records[Trajectory] | None:
+        """The same greedily, with one correction; None unless ``test_greedy`` is set."""
+        if not self.test_greedy:
+            return None
+        return self._stage(
+            self.run.iteration(n).test_greedy, lambda: self._greedily(n, f"M_{n} on test, greedily")
+        )
+
+    def _rounds(
+        self, n: int, title: str, stage: Callable[[int, Callable[[], list[Trajectory]]], Answered]
+    ) -> list[Answered]:
+        """One element for each round, which ``stage`` makes of its number and what makes its trajectories."""
+        sampling = self.test_sampling
+
+        def first() -> list[Trajectory]:
+            answers = self._answer("test", self.test_samples, n, sampling, title)
+            return self._correct(answers, n, sampling, title)
+
+        rounds = [stage(1, first)]
+        for turn in range(2, self.algorithm.rounds + 1):
+            answers = [InitialAnswer(t.question, t.j, t.correction, t.r2) for t in rounds[-1]]
+            again = partial(self._correct, answers, n, sampling, f"{title}, round {turn}")
+            rounds.append(stage(turn, again))
+        return rounds
+
+    def _greedily(self, n: int, title: str) -> list[Trajectory]:
+        greedy = dataclasses.replace(self.test_sampling, temperature=0.0)
+        return self._correct(self._answer("test", 1, n, greedy, title), n, greedy, title)
+
+    def _answer(
+        self, questions: str, samples: int, n: int, sampling: Sampling, title: str
+    ) -> list[InitialAnswer]:
         self._load(n)
-        answers = self.rollout.initial_answers(self.questions[questions], 1, self.test_sampling, title)
-        return self.rollout.corrections(answers, 1, self.test_sampling, title)
+        return self.rollout.initial_answers(self.questions[questions], samples, sampling, title)
+
+    def _correct(
+        self, answers: list[InitialAnswer], n: int, sampling: Sampling, title: str
+    ) -> list[Trajectory]:
+        self._load(n)
+        return self.rollout.corrections(answers, 1, sampling, title, asks=self.algorithm.asks_again)
 
     # A model folder on its own: validate, test, predict
 
     def test_dataloader(self) -> DataLoader:
-        """Rewards (r1, r2) of the test questions' trajectories by ``model.base``, this process's share."""
-        trajectories = self._answer_and_correct("test", 0, "test")
-        self._write_output(map(to_json, trajectories))
-        return self._share([(t.r1, t.r2) for t in trajectories])
+        """Rewards (r1, r2, ...) of the answers of ``model.base`` to the test questions, one for each turn.
+
+        This process's share. The trajectories of all rounds are written one after another, and all figures
+        beside them.
+        """
+        rounds = self._rounds(0, "test", lambda turn, make: make())
+        greedy = self._greedily(0, "test, greedily") if self.test_greedy else None
+        self._write_output(to_json(trajectory) for turn in rounds for trajectory in turn)
+        if self.trainer.is_global_zero:
+            path = self.output_path(self.trainer.state.fn.value).with_suffix(".metrics.json")
+            write_json(path, figures(rounds, greedy, self.algorithm.threshold))
+            print(f"all figures              {path}", flush=True)
+        firsts = [t.r1 for t in rounds[0]]
+        return self._share(list(zip(firsts, *([t.r2 for t in turn] for turn in rounds), strict=True)))
 
     def val_dataloader(self) -> DataLoader:
         """As ``test_dataloader``; the paper has no validation split."""
@@ -223,7 +315,8 @@ class TrajectoryDataModule(LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader:
         """Corrections of the ``predict`` questions by ``model.base``, this process's share."""
-        trajectories = self._answer_and_correct("predict", 0, "predict")
+        answers = self._answer("predict", 1, 0, self.test_sampling, "predict")
+        trajectories = self._correct(answers, 0, self.test_sampling, "predict")
         self._write_output(map(_both_turns, trajectories))
         return self._share([t.correction.text for t in trajectories])
 
@@ -247,16 +340,15 @@ class TrajectoryDataModule(LightningDataModule):
         """Whether a stage is still to be done: rank 0 looks, so that all ranks agree."""
         return self.trainer.strategy.broadcast(not path.exists())
 
-    def _stage(self, path: Path, make: Callable[[], list[Record]]) -> list[Record]:
-        """The records of a stage: made and written once, and read where they are written already."""
-        if not self.missing(path):
-            return read_records(path)
-        records = make()
-        if self.trainer.is_global_zero:
-            write_lines(path, map(to_json, records))
-            shutil.rmtree(self.run.journals, ignore_errors=True)
-        self.trainer.strategy.barrier(f"{path.name} is written")
-        return records
+    def _stage(self, path: Path, make: Callable[[], Iterable[Record]]) -> Records[Record]:
+        """The records of a stage, which is done where its file is; what is used is what the file says."""
+        if self.missing(path):
+            records = make()
+            if self.trainer.is_global_zero:
+                write_lines(path, map(to_json, records))
+                shutil.rmtree(self.run.journals, ignore_errors=True)
+            self.trainer.strategy.barrier(f"{path.name} is written")
+        return Records(path)
 
     def _check_context(self, name: str) -> int:
         """Tokens that the longest correction of a question set can need.
@@ -268,9 +360,12 @@ class TrajectoryDataModule(LightningDataModule):
         sampling = [self.sampling, self.test_sampling] if name == "train" else [self.test_sampling]
         answer = max(s.max_tokens for s in sampling)
         longest = 0
-        for question in self.questions[name]:
-            initial = len(self.dialogue.initial_prompt(question.text)) + answer
-            correction = len(self.dialogue.correction_prompt(question.text, "")) + 2 * answer
+        questions, nothing = self.questions[name], Completion("", (), True)
+        firsts = self.dialogue.initial_prompts([question.text for question in questions])
+        seconds = self.dialogue.correction_prompts([InitialAnswer(q, 0, nothing, 0.0) for q in questions])
+        for question, first, second in zip(questions, firsts, seconds, strict=True):
+            initial = len(first) + answer
+            correction = len(second) + 2 * answer
             if max(initial, correction) > takes:
                 raise UserError(
                     f"data.{name}, question '{question.id}': its prompts and answers can need "

@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from jsonargparse import ArgumentError
+from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from transformers.utils.logging import disable_progress_bar
 
-from callbacks import Evaluation, IterationProgressBar, OuterLoop
+from callbacks import Curves, Evaluation, IterationProgressBar, OuterLoop
 from data import TrajectoryDataModule, demo
-from stasc.algorithm import Algorithm
+from stasc.algorithm import Algorithm, STaSC
 from stasc.errors import UserError
 from stasc.module import CorrectionSFT
+from stasc.reuse import done_by_others
+from stasc.run import copy_file
 from stasc.sampling import Sampler, VLLMSampler
 
 DEMO = "demo"
@@ -38,20 +41,23 @@ class STaSCCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The groups of the method, and how they reach those who need them."""
         parser.add_argument("--run_dir", type=str, default="runs/stasc", help="Folder of the run.")
-        parser.add_class_arguments(Algorithm, "algorithm")
-        parser.add_subclass_arguments(Sampler, "sampler")
-        parser.set_defaults({"sampler": {"class_path": f"{VLLMSampler.__module__}.{VLLMSampler.__name__}"}})
+        parser.add_argument(
+            "--reuse",
+            type=str | None,
+            default=None,
+            help="Another run, or a folder of runs: take over what M_0 said there and would say here.",
+        )
+        parser.add_subclass_arguments(Algorithm, "algorithm", default=_class_path(STaSC))
+        parser.add_subclass_arguments(Sampler, "sampler", default=_class_path(VLLMSampler))
         parser.link_arguments("algorithm", "data.algorithm", apply_on="instantiate")
         parser.link_arguments("sampler", "data.sampler", apply_on="instantiate")
         parser.link_arguments("model.base", "data.base")
         parser.link_arguments("run_dir", "data.run_dir")
         parser.link_arguments("seed_everything", "data.seed")
+        # These two follow from the algorithm: links, so that no config can change them.
+        parser.link_arguments("algorithm", "trainer.max_epochs", compute_fn=_training_epochs)
         parser.link_arguments(
-            ("algorithm.iterations", "algorithm.epochs"), "trainer.max_epochs", compute_fn=lambda n, e: n * e
-        )
-        # Every epoch asks for its own batches of D_n; a link, so that no config can change it.
-        parser.link_arguments(
-            "algorithm.epochs", "trainer.reload_dataloaders_every_n_epochs", compute_fn=lambda epochs: 1
+            "algorithm", "trainer.reload_dataloaders_every_n_epochs", compute_fn=lambda algorithm: 1
         )
 
     def before_instantiate_classes(self) -> None:
@@ -76,7 +82,7 @@ class STaSCCLI(LightningCLI):
         if self.subcommand != "fit":
             kwargs["logger"] = False
         elif given.logger in (None, True):
-            kwargs["logger"] = TensorBoardLogger(run.folder, name="", version=run.tensorboard.name)
+            kwargs["logger"] = Curves(run.tensorboard)
         # At the end of an epoch only: a checkpoint in its midst would skip an iteration on resume.
         checkpoint = ModelCheckpoint(
             run.checkpoints,
@@ -85,7 +91,8 @@ class STaSCCLI(LightningCLI):
             save_on_train_epoch_end=True,
         )
         users = given.callbacks if isinstance(given.callbacks, list) else [given.callbacks]
-        kwargs["callbacks"] = [*filter(None, users), Evaluation(), OuterLoop(), checkpoint]
+        # Evaluation first, which has every epoch's points go where they belong, the user's too.
+        kwargs["callbacks"] = [Evaluation(), *filter(None, users), OuterLoop(), checkpoint]
         if given.enable_progress_bar is not False:
             kwargs["callbacks"].append(IterationProgressBar())
         try:
@@ -101,7 +108,12 @@ class STaSCCLI(LightningCLI):
             if output.exists() and rank_zero_only.rank == 0:
                 raise UserError(f"{output} exists: choose another --data.output, or remove it.")
         elif rank_zero_only.rank == 0:
-            self.datamodule.run.claim(self.saved_config)
+            run, reuse, done = self.datamodule.run, self.saved_config["reuse"], {}
+            if reuse is not None:
+                done = done_by_others(run, Path(reuse), self.saved_config, self.datamodule.questions)
+            run.claim(self.saved_config)
+            for stage, source in done.items():
+                copy_file(source, stage)
 
     def fit(self, model: LightningModule, datamodule: LightningDataModule, **kwargs: Any) -> None:
         """Start, or go on where the run folder's last checkpoint was written."""
@@ -145,6 +157,23 @@ def run() -> None:
             sentence += " (no --config FILE was given)"
         print(f"stasc: {sentence}", file=sys.stderr)
         sys.exit(2)
+    except (KeyboardInterrupt, SystemExit) as end:  # Lightning makes the second of the first, with status 1
+        if KeyboardInterrupt not in (type(end), type(end.__context__)):
+            raise
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # another one must not cut the end short
+        said = "stasc: interrupted; the same command goes on from what is finished."
+        rank_zero_only(print)(said, file=sys.stderr, flush=True)
+        sys.exit(130)
+
+
+def _class_path(cls: type) -> dict[str, str]:
+    return {"class_path": f"{cls.__module__}.{cls.__name__}"}
+
+
+def _training_epochs(algorithm: Namespace) -> int:
+    """Epochs of all fine-tunings; a system that is never trained has neither option."""
+    options = algorithm.init_args
+    return options.get("iterations", 0) * options.get("epochs", 1)
 
 
 def _check_devices(accelerator: Any, devices: Any) -> None:

@@ -1,10 +1,11 @@
-"""Step 3 of Algorithm 1: which corrections are worth learning from."""
+"""Step 3 of Algorithm 1: which corrections are worth learning from, and of which answer they are taken."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Iterable, Iterator
+from itertools import groupby
 
-from stasc.algorithm import Algorithm
 from stasc.trajectory import Trajectory
 
 
@@ -18,11 +19,15 @@ def stays_right(trajectory: Trajectory, threshold: float) -> bool:
     return trajectory.r2 == trajectory.r1 >= threshold
 
 
-def select(trajectories: Iterable[Trajectory], algorithm: Algorithm) -> list[Trajectory]:
-    """D_n: D+ under the Improving filter, D+ and D= under the Non-Decreasing one; the order is kept."""
-    return [
-        trajectory
-        for trajectory in trajectories
-        if improves(trajectory)
-        or (not algorithm.improving_filter and stays_right(trajectory, algorithm.threshold))
-    ]
+def pair_all(trajectories: Iterable[Trajectory]) -> Iterator[Trajectory]:
+    """Every initial answer of a question with every correction of that question, whichever it was made for.
+
+    The paper writes a correction of an answer; its release pairs them all. ``k`` is then the number of the
+    correction within the question. The trajectories of a question must stand together.
+    """
+    for _, group in groupby(trajectories, key=lambda trajectory: trajectory.question.id):
+        own = list(group)
+        answers = {trajectory.j: trajectory for trajectory in own}
+        for answer in answers.values():
+            for k, corrected in enumerate(own):
+                yield dataclasses.replace(answer, k=k, correction=corrected.correction, r2=corrected.r2)

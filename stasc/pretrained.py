@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from stasc.errors import UserError
+from stasc.lora import LoRA
 from stasc.run import write_folder
 
 _CONFIGURATION_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.py")
@@ -67,38 +68,48 @@ def context_length(folder: Path) -> int:
     return AutoConfig.from_pretrained(folder).max_position_embeddings
 
 
-def load_model(folder: Path) -> PreTrainedModel:
-    """The model of a folder, in training mode, with float32 master weights whatever its files hold."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
+def load_model(folder: Path, lora: LoRA | None = None) -> PreTrainedModel:
+    """The model of a folder, in training mode, with float32 master weights whatever its files hold.
+
+    With ``lora`` it is frozen and has new adapters, which alone train.
+    """
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if lora:
+        lora.add_to(model)
+    return model.train()
 
 
-def load_weights(wrapped: torch.nn.Module, folder: Path) -> None:
+def load_weights(wrapped: torch.nn.Module, folder: Path, lora: LoRA | None = None) -> None:
     """Replace the weights of ``wrapped.model`` with those of a folder; a collective call on all ranks.
 
     Args:
         wrapped: ``trainer.strategy.model``: the LightningModule as one device, DDP or FSDP holds it.
         folder: Model folder of the same architecture.
+        lora: The adapters that ``wrapped.model`` has; they start anew.
     """
     distributed = dist.is_initialized()
     weights = {}
     if not distributed or dist.get_rank() == 0:
         # from_pretrained ties what is tied, so lm_head comes with the embedding's values.
-        weights = {f"model.{name}": tensor for name, tensor in load_model(folder).state_dict().items()}
+        weights = {f"model.{name}": tensor for name, tensor in load_model(folder, lora).state_dict().items()}
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=distributed)
     set_model_state_dict(wrapped, weights, options=options)
 
 
-def gather_weights(wrapped: torch.nn.Module, base: Path) -> dict[str, torch.Tensor]:
-    """The weights of ``wrapped.model`` as the files of M_n shall hold them: whole, and in M_0's dtype.
+def gather_weights(wrapped: torch.nn.Module, base: Path, lora: LoRA | None = None) -> dict[str, torch.Tensor]:
+    """The weights of ``wrapped.model`` as the files of M_n shall hold them: whole, merged with the adapters
+    of ``lora``, and in M_0's dtype.
 
     A collective call on all ranks; all but rank 0 get nothing.
     """
     weights = get_model_state_dict(wrapped, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if dist.is_initialized() and dist.get_rank() != 0:
         return {}
-    tied = _shell(base).all_tied_weights_keys
+    tied = shell(base).all_tied_weights_keys
     dtype = AutoConfig.from_pretrained(base).dtype or torch.float32
     own = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+    if lora:
+        own = lora.merge(own, shell(base))
     return {name: tensor.to(dtype) for name, tensor in own.items() if name not in tied}
 
 
@@ -109,7 +120,7 @@ def write_model(weights: dict[str, torch.Tensor], base: Path, folder: Path) -> N
     of the folder ``base``, so M_n goes wherever M_0 went.
     """
     with write_folder(folder) as unfinished:
-        _shell(base).save_pretrained(unfinished, state_dict=dict(weights))
+        shell(base).save_pretrained(unfinished, state_dict=dict(weights))
         for pattern in _CONFIGURATION_FILES:
             for path in sorted(base.glob(pattern)):
                 if not path.name.endswith(".index.json"):
@@ -125,9 +136,9 @@ def log_probabilities(
     No file is read but the config of ``base``: this is what the trainer's own weights say, to compare an
     engine with that has read them from files.
     """
-    shell = _shell(base)
-    model = type(shell).from_pretrained(
-        None, config=shell.config, state_dict=dict(weights), dtype=torch.float32
+    empty = shell(base)
+    model = type(empty).from_pretrained(
+        None, config=empty.config, state_dict=dict(weights), dtype=torch.float32
     )
     model.eval()
     found = []
@@ -138,7 +149,7 @@ def log_probabilities(
     return found
 
 
-def _shell(base: Path) -> PreTrainedModel:
+def shell(base: Path) -> PreTrainedModel:
     """A model without weights."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))

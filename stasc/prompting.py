@@ -7,7 +7,7 @@ sampled. Nothing here knows a particular chat template.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,12 +15,12 @@ from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from stasc.errors import UserError
-from stasc.trajectory import Trajectory
+from stasc.trajectory import Completion, InitialAnswer, Trajectory
 
 
 @dataclass(frozen=True)
 class Message:
-    """One chat message; ``content`` may hold the placeholders ``{question}`` and ``{initial_answer}``."""
+    """One chat message; ``content`` may hold the placeholders of its prompt, such as ``{question}``."""
 
     role: Literal["system", "user", "assistant"]
     content: str
@@ -28,22 +28,29 @@ class Message:
 
 @dataclass(frozen=True)
 class Prompts:
-    """The two prompts of the method (appendix A of the paper), demonstrations included.
+    """The prompts of the method (appendix A of the paper), demonstrations included.
 
     Args:
         initial: Messages that ask for an initial answer; ``{question}`` stands for the question.
         correction: Messages that ask for a correction; ``{initial_answer}`` stands for what may be wrong.
+        rationalization: Messages that ask for an answer whose end is known, which only STaR does;
+            ``{reference}`` stands for the hint.
     """
 
     initial: list[Message]
     correction: list[Message]
+    rationalization: list[Message] | None = None
 
     def __post_init__(self) -> None:
         for prompt, placeholders in (
             ("initial", ["{question}"]),
             ("correction", ["{question}", "{initial_answer}"]),
+            ("rationalization", ["{question}", "{reference}"]),
         ):
-            text = "".join(message.content for message in getattr(self, prompt))
+            messages = getattr(self, prompt)
+            if messages is None:
+                continue
+            text = "".join(message.content for message in messages)
             for placeholder in placeholders:
                 if placeholder not in text:
                     raise UserError(f"data.prompts.{prompt} has no {placeholder}: put it into a message.")
@@ -85,46 +92,55 @@ class Dialogue:
 
     def initial_prompt(self, question: str) -> list[int]:
         """Token ids that ask for an initial answer to ``question``."""
-        return self._render(self.prompts.initial, {"question": question})
+        return self.initial_prompts([question])[0]
+
+    def initial_prompts(self, questions: Sequence[str]) -> list[list[int]]:
+        """The same for many questions, in much less time than one after another."""
+        return self._render(self.prompts.initial, [{"question": question} for question in questions])
 
     def correction_prompt(self, question: str, initial_answer: str) -> list[int]:
         """Token ids that ask for a correction of ``initial_answer``."""
+        return self._render(self.prompts.correction, [_to_correct(question, initial_answer)])[0]
+
+    def correction_prompts(self, answers: Sequence[InitialAnswer]) -> list[list[int]]:
+        """The same for many initial answers."""
+        values = [_to_correct(answer.question.text, answer.initial.text) for answer in answers]
+        return self._render(self.prompts.correction, values)
+
+    def rationalization_prompts(self, answers: Sequence[InitialAnswer]) -> list[list[int]]:
+        """Token ids that ask for another answer to the same questions, with the first reference as a hint."""
         return self._render(
-            self.prompts.correction, {"question": question, "initial_answer": initial_answer.strip()}
+            self.prompts.rationalization,
+            [{"question": a.question.text, "reference": a.question.references[0]} for a in answers],
         )
 
     def training_example(self, trajectory: Trajectory) -> tuple[list[int], list[int]]:
-        """The prompt's ids, which carry no loss, and the target's ids, which do.
-
-        The target is y2 and the end-of-turn token. A correction that was cut at the token limit has no
-        such token: the model is taught what it said, not to stop there.
-        """
+        """The correction prompt's ids, which carry no loss, and the correction's, which do."""
         prompt = self.correction_prompt(trajectory.question.text, trajectory.initial.text)
-        target = list(trajectory.correction.token_ids)
-        return prompt, [*target, self.end_of_turn] if trajectory.correction.finished else target
+        return prompt, self.target(trajectory.correction)
+
+    def target(self, completion: Completion) -> list[int]:
+        """What a completion teaches: its ids and the end-of-turn token.
+
+        One that was cut at the token limit has no such token: the model is taught what it said, not to stop
+        there.
+        """
+        said = list(completion.token_ids)
+        return [*said, self.end_of_turn] if completion.finished else said
 
     def decode(self, token_ids: tuple[int, ...]) -> str:
         """The text of a completion."""
         return self.tokenizer.decode(token_ids, skip_special_tokens=True)
 
-    def _render(self, messages: list[Message], values: Mapping[str, str]) -> list[int]:
-        # One pass, so that a question which itself contains "{initial_answer}" stays as it is.
-        filled = [
-            {
-                "role": message.role,
-                "content": re.sub(
-                    r"\{(question|initial_answer)\}",
-                    lambda match: values.get(match[1], match[0]),
-                    message.content,
-                ),
-            }
-            for message in messages
-        ]
+    def _render(self, messages: list[Message], values: Sequence[Mapping[str, str]]) -> list[list[int]]:
+        if not values:
+            return []
+        conversations = [[_fill(message, of_one) for message in messages] for of_one in values]
         if not self._keeps_system:
-            filled = _fold_system(filled)
+            conversations = [_fold_system(filled) for filled in conversations]
         try:
             return self.tokenizer.apply_chat_template(
-                filled, add_generation_prompt=True, tokenize=True, return_dict=False
+                conversations, add_generation_prompt=True, tokenize=True, return_dict=False
             )
         except TemplateError as error:
             raise UserError(
@@ -153,6 +169,16 @@ class Dialogue:
                 "set its eos_token."
             )
         return self.tokenizer.eos_token_id
+
+
+def _fill(message: Message, values: Mapping[str, str]) -> dict[str, str]:
+    # One pass, so that a question which itself contains "{initial_answer}" stays as it is.
+    content = re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), message.content)
+    return {"role": message.role, "content": content}
+
+
+def _to_correct(question: str, initial_answer: str) -> dict[str, str]:
+    return {"question": question, "initial_answer": initial_answer.strip()}
 
 
 def _fold_system(messages: list[dict[str, str]]) -> list[dict[str, str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch.distributed as dist
@@ -16,6 +16,9 @@ from stasc.reward import Reward
 from stasc.sampling import Draw, Request, Sampler, Sampling
 from stasc.trajectory import Completion, InitialAnswer, Question, Trajectory
 
+Scored = tuple[Completion, float]
+"""A completion and its reward."""
+
 
 class Rollout:
     """Samples both turns of a self-correction from whatever weights the sampler holds.
@@ -26,7 +29,7 @@ class Rollout:
     Args:
         sampler: Started, with weights loaded.
         dialogue: Renders the prompts.
-        reward: Scores completions.
+        reward: Scores completions, as they come from the engine.
         seed: Of the run. Every draw follows from it, the stage, the question and the draw's number alone.
         context: Tokens that a prompt and its completion can take together.
         journals: Folder for the draws of a stage under way, where a restart finds them.
@@ -52,61 +55,79 @@ class Rollout:
         self, questions: Sequence[Question], n_init: int, sampling: Sampling, stage: str
     ) -> list[InitialAnswer]:
         """Step 1: ``n_init`` initial answers for each question, in the order of the questions."""
+        prompts = self.dialogue.initial_prompts([question.text for question in questions])
         requests = [
-            Request(self.dialogue.initial_prompt(q.text), n_init, self._seed(stage, "initial", q.id))
-            for q in questions
+            Request(prompt, n_init, self._seed(stage, "initial", question.id))
+            for question, prompt in zip(questions, prompts, strict=True)
         ]
+        scored = self._complete(
+            requests, [q.references for q in questions], sampling, f"{stage}: initial answers"
+        )
         return [
-            InitialAnswer(question, j, initial, self.reward(initial.text, question.references))
-            for question, completions in zip(
-                questions, self._complete(requests, sampling, f"{stage}: initial answers"), strict=True
-            )
-            for j, initial in enumerate(completions)
+            InitialAnswer(question, j, initial, r1)
+            for question, answers in zip(questions, scored, strict=True)
+            for j, (initial, r1) in enumerate(answers)
         ]
 
     def corrections(
-        self, answers: Sequence[InitialAnswer], n_corr: int, sampling: Sampling, stage: str
+        self,
+        answers: Sequence[InitialAnswer],
+        n_corr: int,
+        sampling: Sampling,
+        stage: str,
+        *,
+        asks: Callable[[InitialAnswer], bool] = lambda answer: True,
+        prompts: Callable[[Sequence[InitialAnswer]], list[list[int]]] | None = None,
     ) -> list[Trajectory]:
-        """Step 2: ``n_corr`` corrections for each initial answer, in the order of the answers."""
-        alike = self._alike(answers, sampling, stage)
+        """Step 2: ``n_corr`` corrections for each initial answer, in the order of the answers.
+
+        Args:
+            answers: Initial answers.
+            n_corr: Corrections of each.
+            sampling: How they are drawn.
+            stage: Part of what the draws follow from.
+            asks: Whether an answer asks for corrections; one that does not stands as its own.
+            prompts: Renders what is asked; by default the correction prompt.
+        """
+        asking = [answer for answer in answers if asks(answer)]
+        rendered = (prompts or self.dialogue.correction_prompts)(asking)
+        alike = self._alike(asking, rendered, sampling, stage)
         requests = [
             Request(prompt, n_corr * len(group), self._seed(stage, "correction", question_id, group[0].j))
             for (question_id, prompt), group in alike.items()
         ]
-        corrections: dict[tuple[str, int], list[Completion]] = {}
-        drawn = self._complete(requests, sampling, f"{stage}: corrections")
-        for group, completions in zip(alike.values(), drawn, strict=True):
+        references = [group[0].question.references for group in alike.values()]
+        corrections: dict[tuple[str, int], list[Scored]] = {}
+        drawn = self._complete(requests, references, sampling, f"{stage}: corrections")
+        for group, scored in zip(alike.values(), drawn, strict=True):
             for at, answer in enumerate(group):
-                own = completions[at * n_corr : (at + 1) * n_corr]
+                own = scored[at * n_corr : (at + 1) * n_corr]
                 corrections[answer.question.id, answer.j] = own
         return [
-            Trajectory(
-                question=answer.question,
-                j=answer.j,
-                k=k,
-                initial=answer.initial,
-                correction=correction,
-                r1=answer.r1,
-                r2=self.reward(correction.text, answer.question.references),
-            )
+            Trajectory(answer.question, answer.j, k, answer.initial, correction, answer.r1, r2)
             for answer in answers
-            for k, correction in enumerate(corrections[answer.question.id, answer.j])
+            for k, (correction, r2) in enumerate(
+                corrections.get((answer.question.id, answer.j), [(answer.initial, answer.r1)])
+            )
         ]
 
     def _alike(
-        self, answers: Sequence[InitialAnswer], sampling: Sampling, stage: str
+        self,
+        answers: Sequence[InitialAnswer],
+        prompts: Sequence[list[int]],
+        sampling: Sampling,
+        stage: str,
     ) -> dict[tuple[str, tuple[int, ...]], list[InitialAnswer]]:
-        """Initial answers of one question that say the same share their correction prompt."""
+        """Initial answers of one question that say the same share their prompt."""
         alike: dict[tuple[str, tuple[int, ...]], list[InitialAnswer]] = {}
-        for answer in answers:
-            prompt = tuple(self.dialogue.correction_prompt(answer.question.text, answer.initial.text))
+        for answer, prompt in zip(answers, prompts, strict=True):
             if len(prompt) + sampling.max_tokens > self.context:
                 raise UserError(
                     f"{stage}, question '{answer.question.id}': with its initial answer the correction "
                     f"prompt is {len(prompt)} tokens long, which leaves no room for max_tokens "
                     f"{sampling.max_tokens} in {self.context}; lower max_tokens or shorten the prompts."
                 )
-            alike.setdefault((answer.question.id, prompt), []).append(answer)
+            alike.setdefault((answer.question.id, tuple(prompt)), []).append(answer)
         return alike
 
     def _seed(self, *path: str | int) -> int:
@@ -115,19 +136,21 @@ class Rollout:
         return int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "big")
 
     def _complete(
-        self, requests: Sequence[Request], sampling: Sampling, title: str
-    ) -> list[list[Completion]]:
+        self, requests: Sequence[Request], references: Sequence[Sequence[str]], sampling: Sampling, title: str
+    ) -> list[list[Scored]]:
+        """The completions of every request, each with its reward by the references of its question."""
         rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         journal = Journal(self.journals, title, rank) if self.journals else None
         noted = _from_rank_zero(journal.read(requests)) if journal else {}
-        completions = {i: self._decode(drawn) for i, drawn in noted.items()}
+        completions = {i: self._score(drawn, references[i]) for i, drawn in noted.items()}
         share = [i for i in range(len(requests)) if i not in completions][rank::ranks]
         mine = [requests[i] for i in share]
         total = sum(request.n for request in mine)
         own, tokens = {}, 0
         with tqdm(total=total, desc=title, unit=" completions", disable=rank > 0) as bar:
             for at, drawn in self.sampler.sample(mine, sampling, self.dialogue.stop_ids):
-                own[share[at]] = self._decode(drawn)  # here, where the engine goes on meanwhile
+                # Scored here, where the engine goes on meanwhile.
+                own[share[at]] = self._score(drawn, references[share[at]])
                 if journal:
                     journal.add(share[at], mine[at], drawn)
                 tokens += sum(len(draw.token_ids) for draw in drawn)
@@ -140,8 +163,9 @@ class Rollout:
             completions |= others
         return [completions[i] for i in range(len(requests))]
 
-    def _decode(self, draws: list[Draw]) -> list[Completion]:
-        return [Completion(self.dialogue.decode(draw.token_ids), *draw) for draw in draws]
+    def _score(self, draws: list[Draw], references: Sequence[str]) -> list[Scored]:
+        completions = [Completion(self.dialogue.decode(draw.token_ids), *draw) for draw in draws]
+        return [(completion, self.reward(completion.text, references)) for completion in completions]
 
 
 def _from_rank_zero(value: dict[int, list[Draw]]) -> dict[int, list[Draw]]:
@@ -151,9 +175,9 @@ def _from_rank_zero(value: dict[int, list[Draw]]) -> dict[int, list[Draw]]:
     return values[0]
 
 
-def _from_all_ranks(value: dict[int, list[Completion]]) -> list[dict[int, list[Completion]]]:
+def _from_all_ranks(value: dict[int, list[Scored]]) -> list[dict[int, list[Scored]]]:
     if not dist.is_initialized():
         return [value]
-    values: list[dict[int, list[Completion]]] = [{} for _ in range(dist.get_world_size())]
+    values: list[dict[int, list[Scored]]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(values, value)
     return values

@@ -32,20 +32,27 @@ class Iteration:
         self.dataset = self.folder / "dataset.jsonl"
         """D_n: the trajectories that the filter kept."""
         self.training = self.folder / "training.json"
-        """Loss, learning rate and steps of the fine-tuning."""
+        """Rewards of the trajectories, what D_n holds, and how the fine-tuning went."""
         self.probe = self.folder / "probe.json"
         """What M_n says of a few fixed sequences while it is still in the trainer."""
         self.model = self.folder / "model"
         """M_n as a Hugging Face folder."""
         self.test = self.folder / "test.jsonl"
         """Answers and corrections of the test questions by M_n."""
+        self.test_greedy = self.folder / "test-greedy.jsonl"
+        """The same, greedily."""
         self.metrics = self.folder / "metrics.json"
         """What the curves show for iteration n."""
+
+    def test_round(self, turn: int) -> Path:
+        """Corrections number ``turn`` of the test questions, each of the correction before it."""
+        return self.test if turn == 1 else self.folder / f"test-round-{turn}.jsonl"
 
 
 # What may change between two starts of the same run: it has no part in the results.
 _FREE_TO_CHANGE = (
     "run_dir",
+    "reuse",
     "ckpt_path",
     "data.output",
     "data.predict",
@@ -78,6 +85,10 @@ class Run:
         """The files of iteration ``n``."""
         return Iteration(self.folder, n)
 
+    def options(self) -> dict[str, Any]:
+        """What the run was started with, by dotted name; nothing if this is no run's folder yet."""
+        return flatten(yaml.safe_load(self.config.read_text())) if self.config.is_file() else {}
+
     def claim(self, config: dict[str, Any]) -> None:
         """Make this the folder of a run with ``config``, or find that it is already.
 
@@ -86,14 +97,15 @@ class Run:
         Raises:
             UserError: The folder belongs to a run whose results would be others.
         """
-        if self.config.is_file():
-            before, now = _flatten(yaml.safe_load(self.config.read_text())), _flatten(config)
+        before, now = self.options(), flatten(config)
+        if before:
             for option in sorted(before.keys() | now.keys()):
                 old, new = before.get(option), now.get(option)
-                grows = option == "algorithm.iterations" and new > old
+                grows = option == "algorithm.init_args.iterations" and None not in (old, new) and new > old
                 if old != new and not grows and not option.startswith(_FREE_TO_CHANGE):
+                    typed = option.replace(".init_args", "").removesuffix(".class_path")
                     raise UserError(
-                        f"{self.folder} holds a run with another {option} ({old}, now {new}): "
+                        f"{self.folder} holds a run with another --{typed} ({old}, now {new}): "
                         "choose another --run_dir, or remove that folder."
                     )
         elif self.folder.is_dir() and any(self.folder.glob("iteration-*")):
@@ -101,11 +113,12 @@ class Run:
         write_lines(self.config, yaml.safe_dump(config, sort_keys=False, allow_unicode=True).splitlines())
 
 
-def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The options of a configuration by their dotted names."""
     flat = {}
     for name, value in config.items():
         if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{name}.")
+            flat |= flatten(value, f"{prefix}{name}.")
         else:
             flat[prefix + name] = value
     return flat
@@ -121,6 +134,12 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
         os.fsync(file.fileno())
     unfinished.replace(path)
     _sync(path.parent)
+
+
+def copy_file(source: Path, path: Path) -> None:
+    """Copy a text file as a whole or not at all."""
+    with source.open(encoding="utf-8", newline="\n") as lines:
+        write_lines(path, (line.removesuffix("\n") for line in lines))
 
 
 def write_json(path: Path, value: Any) -> None:

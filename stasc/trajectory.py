@@ -7,9 +7,11 @@ r(y) the reward of an answer. A trajectory is (x, y1, y2) with both rewards.
 from __future__ import annotations
 
 import json
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,38 @@ def from_json(line: str) -> InitialAnswer | Trajectory:
     return Trajectory(**fields) if "correction" in fields else InitialAnswer(**fields)
 
 
+Record = TypeVar("Record", InitialAnswer, Trajectory)
+
+
+class Records(Sequence[Record], Generic[Record]):
+    """The initial answers or trajectories of a file that this program wrote.
+
+    They are read when they are asked for; in memory there is only where each line begins (8 bytes).
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._begins = array("q")
+        at = 0
+        with path.open("rb") as lines:
+            for line in lines:
+                self._begins.append(at)
+                at += len(line)
+
+    def __len__(self) -> int:
+        return len(self._begins)
+
+    def __getitem__(self, index: int) -> Record:
+        with self.path.open("rb") as lines:
+            lines.seek(self._begins[index])
+            return from_json(lines.readline().decode())
+
+    def __iter__(self) -> Iterator[Record]:
+        with self.path.open(encoding="utf-8") as lines:
+            for line in lines:
+                yield from_json(line)
+
+
 def read_records(path: Path) -> list[Any]:
-    """The initial answers or trajectories of a file that this program wrote."""
-    with path.open(encoding="utf-8") as lines:
-        return [from_json(line) for line in lines]
+    """All records of a file at once."""
+    return list(Records(path))

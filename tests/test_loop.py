@@ -1,6 +1,7 @@
 """The whole algorithm as a user runs it: the quickstart with real vLLM, and what it leaves on disk."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -133,7 +134,11 @@ def test_metrics_are_those_of_the_files(quickstart):
         trajectories = quickstart.records(n, "test")
         assert [t.question for t in trajectories] == tested
         assert metrics.pop("iteration") == n
-        assert metrics.pop("test") == pytest.approx(recomputed(trajectories))
+        test = metrics.pop("test")
+        for turn in ("r1", "r2"):  # of a mean of 500 zeros and ones
+            p = test[turn]
+            assert test.pop(f"{turn}_se") == pytest.approx(math.sqrt(p * (1 - p) / 499))
+        assert test == pytest.approx(recomputed(trajectories))
         if n:
             assert metrics.pop("train") == pytest.approx(recomputed(quickstart.records(n, "trajectories")))
             size = len(quickstart.records(n, "dataset"))
@@ -314,7 +319,7 @@ def test_every_variant_is_taken_from_the_command_line_and_from_yaml(variant, mon
         monkeypatch.setattr(sys, "argv", ["stasc", *QUICKSTART, *given, "--print_config"])
         with pytest.raises(SystemExit, match="0"):
             run()
-        assert yaml.safe_load(capsys.readouterr().out)["algorithm"]["variant"] == variant
+        assert yaml.safe_load(capsys.readouterr().out)["algorithm"]["init_args"]["variant"] == variant
 
 
 def test_an_engine_that_keeps_old_weights_ends_the_run(stasc, tmp_path):

@@ -111,19 +111,25 @@ def test_the_configuration_holds_the_papers_numbers(stasc, name):
     assert printed.returncode == 0, printed.stderr
     config = yaml.safe_load(printed.stdout)
     variant, n_init, base = CONFIGS[name]
-    assert config["algorithm"] == {
+    assert config["algorithm"]["class_path"] == "stasc.algorithm.STaSC"
+    assert config["algorithm"]["init_args"] == {
         "variant": variant,
+        "pair_all": False,
+        "only_equal": False,
         "iterations": 10,
         "n_init": n_init,
         "n_corr": 5,
         "epochs": 1,
         "threshold": 1.0,
+        "rounds": 1,
     }
-    assert config["model"] == {"base": base, "learning_rate": 7e-6, "weight_decay": 0.1, "warmup_ratio": 0.03}
+    model = {"base": base, "learning_rate": 7e-6, "weight_decay": 0.1, "warmup_ratio": 0.03}
+    assert config["model"] == config["model"] | model
+    assert config["model"]["lora"] is None
     data, trainer = config["data"], config["trainer"]
     assert data["sampling"] == data["test_sampling"] == {"temperature": 0.6, "top_p": 0.9, "max_tokens": 256}
     assert data["reward"] == {"class_path": "stasc.reward.InAccuracy", "init_args": {"marker": None}}
-    assert data["batch_size"] == 8
+    assert (data["batch_size"], data["test_samples"], data["training_prompts"]) == (8, 1, None)
     assert trainer["accumulate_grad_batches"] == 1
     assert (trainer["accelerator"], trainer["devices"], trainer["precision"]) == ("gpu", 2, "bf16-mixed")
     assert (trainer["gradient_clip_val"], trainer["gradient_clip_algorithm"]) == (1.0, None)

@@ -6,9 +6,8 @@ from conftest import ROOT, tiny_tokenizer
 from transformers import GenerationConfig
 
 from stasc.errors import UserError
-from stasc.packing import IGNORED, pad
 from stasc.prompting import Dialogue, Message, Prompts
-from stasc.trajectory import Completion, Question, Trajectory
+from stasc.trajectory import Completion, InitialAnswer, Question, Trajectory
 
 PROMPTS = Prompts(
     initial=[Message("system", "Be brief."), Message("user", "Q: {question}")],
@@ -51,13 +50,9 @@ def test_only_the_correction_and_its_end_of_turn_carry_loss(kind):
     tokenizer = tiny_tokenizer(kind)
     dialogue = Dialogue(tokenizer, PROMPTS)
     before, end = RENDERED[kind]
-    example = dialogue.training_example(trajectory(tokenizer, "four, sorry", finished=True))
-    batch = pad([example], step_tokens=12)
-    whole = batch.input_ids[0].tolist()
-    assert tokenizer.decode(whole) == before + "four, sorry" + end
-    learnt = [token for token, label in zip(whole, batch.labels[0].tolist(), strict=True) if label != IGNORED]
-    assert tokenizer.decode(learnt) == "four, sorry" + end
-    assert batch.labels[0, len(whole) - len(learnt) :].tolist() == learnt
+    prompt, target = dialogue.training_example(trajectory(tokenizer, "four, sorry", finished=True))
+    assert tokenizer.decode(prompt) == before
+    assert tokenizer.decode(target) == "four, sorry" + end
 
 
 @pytest.mark.parametrize("kind", RENDERED)
@@ -67,6 +62,25 @@ def test_the_prompt_in_training_is_the_prompt_in_sampling(kind):
     prompt, _ = dialogue.training_example(trajectory(tokenizer, "four", finished=True))
     assert prompt == dialogue.correction_prompt("2+2?", "five\n")
     assert tokenizer.decode(prompt) == RENDERED[kind][0]
+
+
+def test_many_prompts_are_rendered_as_one_by_one():
+    dialogue = Dialogue(tiny_tokenizer("no-system"), PROMPTS)
+    texts = ["2+2?", "{question}", "und?", ""]
+    assert dialogue.initial_prompts(texts) == [dialogue.initial_prompt(text) for text in texts]
+    answers = [InitialAnswer(Question("q", t, ()), 0, Completion(f" {t}", (), True), 0.0) for t in texts]
+    assert dialogue.correction_prompts(answers) == [dialogue.correction_prompt(t, f" {t}") for t in texts]
+    assert dialogue.initial_prompts([]) == []
+
+
+def test_a_rationalization_prompt_holds_the_reference_as_a_hint():
+    prompts = Prompts(PROMPTS.initial, PROMPTS.correction, [Message("user", "{question} Hint: {reference}")])
+    dialogue = Dialogue(tiny_tokenizer("qwen2"), prompts)
+    answer = InitialAnswer(Question("q", "2+2?", ("4", "four")), 0, Completion("five", (), True), 0.0)
+    (prompt,) = dialogue.rationalization_prompts([answer])
+    assert "2+2? Hint: 4<" in dialogue.tokenizer.decode(prompt)
+    with pytest.raises(UserError, match=r"data\.prompts\.rationalization has no \{reference\}"):
+        Prompts(PROMPTS.initial, PROMPTS.correction, [Message("user", "{question}")])
 
 
 @pytest.mark.parametrize("kind", RENDERED)

@@ -4,8 +4,10 @@ import os
 import signal
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from lightning.pytorch import Callback, Trainer
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 from stasc.reward import InAccuracy
 from stasc.sampling import TransformersSampler
@@ -36,6 +38,15 @@ class Kill(Callback):
     def _kill(self, trainer: Trainer, *_: object) -> None:
         if trainer.datamodule.epochs_done == self.epochs_done:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+class KeepsABatch(Callback):
+    """Writes the tokens of the last batch to ``default_root_dir``."""
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        torch.save(batch.input_ids, Path(trainer.default_root_dir) / "batch.pt")
 
 
 class StaleSampler(TransformersSampler):
