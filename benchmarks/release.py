@@ -21,10 +21,9 @@ from typing import Any
 import yaml
 
 from data import DemoQuestions, demo
-from stasc.algorithm import Algorithm
-from stasc.filtering import select
+from stasc.algorithm import STaSC
 from stasc.pretrained import context_length, load_generation_config, load_tokenizer
-from stasc.prompting import Dialogue, Message, Prompts
+from stasc.prompting import Dialogue
 from stasc.reward import InAccuracy
 from stasc.rollout import Rollout
 from stasc.run import Run, write_lines
@@ -47,12 +46,11 @@ class Stages:
         self.n = n
         self.run = Run(run_dir)
         self.box = self.run.iteration(n)
-        self.algorithm = Algorithm(**config["algorithm"])
+        self.algorithm = STaSC(**config["algorithm"]["init_args"])
         self.sampling, self.test_sampling = Sampling(**data["sampling"]), Sampling(**data["test_sampling"])
         self.questions = {name: DemoQuestions(**data[name]["init_args"]).load() for name in ("train", "test")}
         base = demo.base_model()
-        prompts = {name: [Message(**m) for m in messages] for name, messages in data["prompts"].items()}
-        self.dialogue = Dialogue(load_tokenizer(base), Prompts(**prompts), load_generation_config(base))
+        self.dialogue = Dialogue(load_tokenizer(base), demo.PROMPTS, load_generation_config(base))
         self.working = 0.0
         """Seconds spent on the stage's work, after everything has started."""
 
@@ -77,7 +75,7 @@ class Stages:
             read_records(self.box.initial), self.algorithm.n_corr, self.sampling, f"iteration {self.n}"
         )
         self._write(self.box.trajectories, trajectories)
-        self._write(self.box.dataset, select(trajectories, self.algorithm))
+        self._write(self.box.dataset, self.algorithm.select(trajectories))
 
     def evaluate(self) -> None:
         """Answers and corrections of the test questions by M_n."""
@@ -97,10 +95,13 @@ class Stages:
         key = f"{self.config['seed_everything']}/{self.n - 1}/epoch".encode()
         seed = int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "big")
         batches = CorrectionBatches(
-            read_records(self.box.dataset), self.dialogue, self.config["data"]["batch_size"], seed=seed
+            read_records(self.box.dataset),
+            self.dialogue.training_example,
+            self.config["data"]["batch_size"],
+            seed=seed,
         )
         module = CorrectionSFT(**{**self.config["model"], "base": str(self.model(self.n - 1))})
-        module.iteration_steps = len(batches)
+        module.iteration_steps = batches.steps
         trainer = Trainer(
             accelerator=self.config["trainer"]["accelerator"],
             devices=1,

@@ -23,7 +23,7 @@ from stasc.probe import SEQUENCES, TOKENS, Probe
 from stasc.prompting import Dialogue, Prompts
 from stasc.reward import InAccuracy, Reward
 from stasc.rollout import Rollout
-from stasc.run import Run, write_json, write_lines
+from stasc.run import Iteration, Run, write_json, write_lines
 from stasc.sampling import Sampler, Sampling
 from stasc.scoring import figures, scores, sizes
 from stasc.trajectory import Completion, InitialAnswer, Question, Record, Records, Trajectory, to_json
@@ -265,8 +265,8 @@ class TrajectoryDataModule(LightningDataModule):
         sampling = self.test_sampling
 
         def first() -> list[Trajectory]:
-            answers = self._answer("test", self.test_samples, n, sampling, title)
-            return self._correct(answers, n, sampling, title)
+            own = partial(self._answer, "test", self.test_samples, n, sampling, title)
+            return self._correct(self._to_correct(n, lambda box: box.test, own), n, sampling, title)
 
         rounds = [stage(1, first)]
         for turn in range(2, self.algorithm.rounds + 1):
@@ -277,7 +277,18 @@ class TrajectoryDataModule(LightningDataModule):
 
     def _greedily(self, n: int, title: str) -> list[Trajectory]:
         greedy = dataclasses.replace(self.test_sampling, temperature=0.0)
-        return self._correct(self._answer("test", 1, n, greedy, title), n, greedy, title)
+        own = partial(self._answer, "test", 1, n, greedy, title)
+        return self._correct(self._to_correct(n, lambda box: box.test_greedy, own), n, greedy, title)
+
+    def _to_correct(
+        self, n: int, file: Callable[[Iteration], Path], own: Callable[[], list[InitialAnswer]]
+    ) -> list[InitialAnswer]:
+        """The test answers that M_n corrects: its own, or those in a file of another model's evaluation."""
+        model = self.algorithm.test_initial_model(n)
+        if model == n:
+            return own()
+        evaluated = Records(file(self.run.iteration(model)))
+        return [InitialAnswer(t.question, t.j, t.initial, t.r1) for t in evaluated]
 
     def _answer(
         self, questions: str, samples: int, n: int, sampling: Sampling, title: str

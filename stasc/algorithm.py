@@ -67,6 +67,10 @@ class Algorithm(ABC):
     def initial_model(self, n: int) -> int:
         """The number of the model that writes the initial answers of iteration ``n``: n - 1 or 0."""
 
+    def test_initial_model(self, n: int) -> int:
+        """The number of the model whose initial answers M_n corrects in evaluation: its own, n, or 0."""
+        return n
+
     @abstractmethod
     def base_model(self, n: int) -> int:
         """The number of the model that is fine-tuned in iteration ``n``: n - 1 or 0."""
@@ -109,6 +113,8 @@ class STaSC(Algorithm):
             of its other initial answers, as the paper's release does.
         only_equal: Under the Non-decreasing filter, keep only what stays right and not what improves, as the
             paper's release does. The Improving filter is not touched.
+        fixed_in_test: Under Fixed initialisation, have M_n correct the answers of M_0 in evaluation too, and
+            not its own, as in the paper's figures.
         **common: Those of ``Algorithm``.
     """
 
@@ -117,6 +123,7 @@ class STaSC(Algorithm):
         variant: Variant = "EIE",
         pair_all: bool = False,
         only_equal: bool = False,
+        fixed_in_test: bool = False,
         **common: Any,
     ) -> None:
         super().__init__(**common)
@@ -125,6 +132,7 @@ class STaSC(Algorithm):
         self.variant = variant
         self.pair_all = pair_all
         self.only_equal = only_equal
+        self.fixed_in_test = fixed_in_test
 
     @property
     def name(self) -> str:
@@ -134,6 +142,10 @@ class STaSC(Algorithm):
     def initial_model(self, n: int) -> int:
         """M_{n-1} under Evolving initialisation, else M_0."""
         return n - 1 if self.variant[0] == "E" else 0
+
+    def test_initial_model(self, n: int) -> int:
+        """M_n, or M_0 under Fixed initialisation if that is asked for."""
+        return 0 if self.fixed_in_test and self.variant[0] == "F" else n
 
     def base_model(self, n: int) -> int:
         """M_{n-1} under Evolving fine-tuning, else M_0."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
 import warnings
 from pathlib import Path
@@ -103,6 +102,7 @@ class STaSCCLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Find mistakes in what the configuration points to, before an engine starts or a file is written."""
         self.datamodule.load_questions(self.subcommand)
+        self.model.check(self.trainer.strategy)
         if self.subcommand != "fit":
             output = self.datamodule.output_path(self.subcommand)
             if output.exists() and rank_zero_only.rank == 0:
@@ -157,13 +157,6 @@ def run() -> None:
             sentence += " (no --config FILE was given)"
         print(f"stasc: {sentence}", file=sys.stderr)
         sys.exit(2)
-    except (KeyboardInterrupt, SystemExit) as end:  # Lightning makes the second of the first, with status 1
-        if KeyboardInterrupt not in (type(end), type(end.__context__)):
-            raise
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # another one must not cut the end short
-        said = "stasc: interrupted; the same command goes on from what is finished."
-        rank_zero_only(print)(said, file=sys.stderr, flush=True)
-        sys.exit(130)
 
 
 def _class_path(cls: type) -> dict[str, str]:

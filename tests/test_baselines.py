@@ -181,6 +181,15 @@ def test_the_release_pairs_all_and_trains_on_other_prompts(stasc, cache, tmp_pat
     assert f"{demo.PROMPTS.correction[1].content.partition('{')[0]}What" in learnt
 
 
+def test_in_the_papers_figures_fixed_variants_correct_the_answers_of_m0(stasc, tmp_path):
+    options = ("--algorithm.variant", "FIE", "--algorithm.fixed_in_test", "true")
+    folder = run(stasc, tmp_path, *options, "--model.learning_rate", 1e-3, iterations=2)
+    before, *after = ([(t.question, t.initial, t.r1) for t in records(folder, n, "test")] for n in (0, 1, 2))
+    assert after == [before, before]
+    corrections = [[t.correction for t in records(folder, n, "test")] for n in (0, 1, 2)]
+    assert corrections[0] != corrections[1] != corrections[2]
+
+
 @pytest.mark.parametrize("name", ["qwen_eif", "phi3_eie"])
 def test_as_released_lies_over_the_papers_configs(stasc, name):
     overlay = ("--config", f"configs/{name}.yaml", "--config", "configs/reference/as_released.yaml")
@@ -188,7 +197,7 @@ def test_as_released_lies_over_the_papers_configs(stasc, name):
     assert printed.returncode == 0, printed.stderr
     config = yaml.safe_load(printed.stdout)
     switches = config["algorithm"]["init_args"]
-    assert (switches["pair_all"], switches["only_equal"]) == (True, True)
+    assert [switches[name] for name in ("pair_all", "only_equal", "fixed_in_test")] == [True, True, True]
     assert switches["variant"] == name.rpartition("_")[2].upper()
     asked, learnt = config["data"]["prompts"], config["data"]["training_prompts"]
     for prompts, turns in ((asked, 4), (learnt, 0)):

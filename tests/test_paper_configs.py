@@ -116,6 +116,7 @@ def test_the_configuration_holds_the_papers_numbers(stasc, name):
         "variant": variant,
         "pair_all": False,
         "only_equal": False,
+        "fixed_in_test": False,
         "iterations": 10,
         "n_init": n_init,
         "n_corr": 5,

@@ -1,0 +1,1 @@
+"""What runs found, as tables, figures and one page: ``python -m stasc report RUN...``."""

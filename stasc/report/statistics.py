@@ -1,0 +1,152 @@
+"""The statistics of a report: intervals over seeds, paired tests over questions, and a correlation.
+
+What is drawn at random here is drawn with a fixed seed, so that the same runs give the same figures.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, pstdev, stdev
+
+import numpy as np
+from scipy.special import stdtrit
+
+RESAMPLES = 20_000
+"""Random sign flips of a test, and resamples of a bootstrap."""
+
+FEWEST_RUNS = 4
+"""Runs without which a bootstrap over runs says nothing."""
+
+_TIE = 1e-9  # Sums of the same rewards in another order are the same.
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over ``n`` seeds with its 95 % interval, which one seed does not have."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    n: int
+
+
+def over_seeds(values: Sequence[float]) -> Estimate:
+    """Mean and t interval of one value per seed."""
+    mean, n = fmean(values), len(values)
+    if n == 1:
+        return Estimate(mean, None, None, 1)
+    half = float(stdtrit(n - 1, 0.975)) * stdev(values) / math.sqrt(n)
+    return Estimate(mean, mean - half, mean + half, n)
+
+
+@dataclass(frozen=True)
+class Maximum:
+    """The highest value of a curve, the iteration it is first reached in, and how the curve varies.
+
+    ``deviation`` is the population standard deviation over the iterations, the paper's "+-".
+    """
+
+    value: float
+    deviation: float
+    iteration: int
+
+
+def maximum(curve: Sequence[float | None]) -> Maximum | None:
+    """The maximum over all iterations; None if one is unknown, for that might have been higher."""
+    if None in curve:
+        return None
+    return Maximum(max(curve), pstdev(curve), curve.index(max(curve)))
+
+
+def standard_error(per_question: Sequence[float]) -> float | None:
+    """Of a mean over questions; samples of one question are averaged before."""
+    return stdev(per_question) / math.sqrt(len(per_question)) if len(per_question) > 1 else None
+
+
+@dataclass(frozen=True)
+class Paired:
+    """A mean difference between two systems over the same questions.
+
+    ``low`` and ``high`` are a 95 % percentile bootstrap interval over questions. ``p`` is two-sided, from
+    random flips of the differences' signs; for rewards of 0 and 1 that is McNemar's test.
+    """
+
+    difference: float
+    low: float
+    high: float
+    p: float
+    questions: int
+
+
+def paired_test(differences: Sequence[float]) -> Paired:
+    """Whether differences, one for each question, are around zero."""
+    random = np.random.default_rng(0)
+    values, counts = np.unique(np.round(differences, 12), return_counts=True)
+    n = counts.sum()
+    # As many draws of a question as of its value: resampling counts is resampling questions.
+    means = random.multinomial(n, counts / n, size=RESAMPLES) @ values / n
+    low, high = np.quantile(means, [0.025, 0.975])
+
+    sizes, repeats = np.unique(np.abs(np.round(differences, 12)), return_counts=True)
+    observed = abs(float(values @ counts))
+    # Of c differences of one size, a binomial number keeps its sign.
+    sums = (2 * random.binomial(repeats, 0.5, size=(RESAMPLES, len(sizes))) - repeats) @ sizes
+    as_far = int(np.count_nonzero(np.abs(sums) >= observed - _TIE))
+    p = (as_far + 1) / (RESAMPLES + 1)
+    return Paired(fmean(differences), float(low), float(high), p, int(n))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjustment of the p values of several tests; the order is kept."""
+    adjusted, highest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = highest
+    return adjusted
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """Pearson's r of ``points`` pairs from ``runs`` runs.
+
+    ``low`` and ``high`` are a 95 % percentile bootstrap interval that draws whole runs, for the iterations
+    of a run are not independent; None with fewer than `FEWEST_RUNS`.
+    """
+
+    r: float
+    low: float | None
+    high: float | None
+    points: int
+    runs: int
+
+
+def correlation(runs: Sequence[Sequence[tuple[float, float]]]) -> Correlation | None:
+    """The correlation of the pairs of all runs together; None where it is not defined."""
+    runs = [pairs for pairs in runs if pairs]
+    pairs = np.array([pair for pairs in runs for pair in pairs], dtype=float).reshape(-1, 2)
+    if len(pairs) <= 2 or not pairs.std(axis=0).all():
+        return None
+    standardized = iter((pairs - pairs.mean(axis=0)) / pairs.std(axis=0))
+    # Six sums of each run give r of any selection of runs.
+    sums = np.array([_sums(np.array([next(standardized) for _ in pairs])) for pairs in runs])
+    r = float(_pearson(sums.sum(axis=0)))
+    if len(runs) < FEWEST_RUNS:
+        return Correlation(r, None, None, len(pairs), len(runs))
+    random = np.random.default_rng(0)
+    drawn = random.multinomial(len(runs), [1 / len(runs)] * len(runs), size=RESAMPLES)
+    low, high = np.nanquantile(_pearson(drawn @ sums), [0.025, 0.975])
+    return Correlation(r, float(low), float(high), len(pairs), len(runs))
+
+
+def _sums(pairs: np.ndarray) -> list[float]:
+    x, y = pairs.T
+    return [len(x), x.sum(), y.sum(), (x * x).sum(), (y * y).sum(), (x * y).sum()]
+
+
+def _pearson(sums: np.ndarray) -> np.ndarray:
+    n, x, y, xx, yy, xy = np.moveaxis(sums, -1, 0)
+    spread = (n * xx - x * x) * (n * yy - y * y)
+    with np.errstate(invalid="ignore", divide="ignore"):  # a selection whose points are all the same
+        return np.where(spread > _TIE, (n * xy - x * y) / np.sqrt(spread), math.nan)
