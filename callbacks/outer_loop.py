@@ -60,7 +60,7 @@ class OuterLoop(Callback):
             return
         base = data.algorithm.base_model(self.prepared)
         if base != self.prepared - 1:  # those of M_{n-1} are in place
-            load_weights(trainer.strategy.model, data.model_folder(base))
+            load_weights(trainer.strategy.model, data.model_folder(base), pl_module.lora)
         trainer.strategy.setup_optimizers(trainer)
         self.losses = []
 
@@ -93,7 +93,7 @@ class OuterLoop(Callback):
         """Write M_n, which comes last because it says that the iteration is trained."""
         data: TrajectoryDataModule = trainer.datamodule
         base, box = data.model_folder(0), data.run.iteration(self.prepared)
-        weights = gather_weights(trainer.strategy.model, base)
+        weights = gather_weights(trainer.strategy.model, base, pl_module.lora)
         if trainer.is_global_zero:
             fitted = {
                 "loss": sum(self.losses) / len(self.losses) if self.losses else None,

@@ -74,6 +74,15 @@ class STaSCCLI(LightningCLI):
         if config.model.base == DEMO:
             config.model.base = config.data.base = str(demo.base_model())
 
+    def instantiate_classes(self) -> None:
+        """Let through the sentence of a part that can be null, which jsonargparse puts into its own."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            if isinstance(error.__cause__, UserError):
+                raise error.__cause__ from None
+            raise
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Give the trainer the run folder's places for curves and checkpoints."""
         run = self.datamodule.run
@@ -102,12 +111,13 @@ class STaSCCLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Find mistakes in what the configuration points to, before an engine starts or a file is written."""
         self.datamodule.load_questions(self.subcommand)
-        self.model.check(self.trainer.strategy)
         if self.subcommand != "fit":
             output = self.datamodule.output_path(self.subcommand)
             if output.exists() and rank_zero_only.rank == 0:
                 raise UserError(f"{output} exists: choose another --data.output, or remove it.")
-        elif rank_zero_only.rank == 0:
+            return
+        self.model.check(self.trainer.strategy)
+        if rank_zero_only.rank == 0:
             run, reuse, done = self.datamodule.run, self.saved_config["reuse"], {}
             if reuse is not None:
                 done = done_by_others(run, Path(reuse), self.saved_config, self.datamodule.questions)
@@ -131,6 +141,7 @@ def run() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.. is deprecated.*")
+    warnings.filterwarnings("ignore", message=".*has both parameters with requires_grad.*")  # LoRA under FSDP
     warnings.filterwarnings("ignore", message=".*Detected call of `lr_scheduler.step.*")  # an empty D_n
     disable_progress_bar()  # of transformers, for every load and save of a model
     try:
