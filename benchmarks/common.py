@@ -52,6 +52,13 @@ def _version(package: str) -> str | None:
         return None
 
 
+def peak_memory(*, reset: bool = False) -> int:
+    """The most bytes of RAM that this process has held, or since now if it is reset."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 2**10
+
+
 def spread(values: Sequence[float], digits: int = 0) -> str:
     """Median, and the range in brackets."""
     middle, low, high = (f"{value:,.{digits}f}" for value in (median(values), min(values), max(values)))

@@ -50,9 +50,11 @@ class Curves(Logger):
     @property
     @rank_zero_experiment
     def experiment(self) -> SummaryWriter:
-        """Writes to the file of the epoch under way; before the first one, to a file that stays."""
+        """Writes to the file of the epoch under way; before the first, to one of each start."""
         if self._writer is None:
-            self._writer = SummaryWriter(self.folder)
+            for path in self.folder.glob("events.out.tfevents.*.start"):
+                path.unlink()
+            self._writer = SummaryWriter(self.folder, filename_suffix=".start")
         return self._writer
 
     @rank_zero_only

@@ -33,6 +33,8 @@ def main() -> None:
         return
     # Threads that wait must not spin: sampling and training take turns on the same cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it may be ignored, as under nohup
+        signal.signal(signal.SIGINT, _interrupt)
     try:
         from stasc.cli import run
 
@@ -40,11 +42,15 @@ def main() -> None:
     except (KeyboardInterrupt, SystemExit) as end:  # Lightning makes the second of the first, with status 1
         if KeyboardInterrupt not in (type(end), type(end.__context__)):
             raise
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # another one must not cut the end short
         if os.environ.get("LOCAL_RANK", "0") == "0":
             said = "stasc: interrupted; the same command goes on from what is finished."
             print(said, file=sys.stderr, flush=True)
         sys.exit(130)
+
+
+def _interrupt(*_: object) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # another one must not cut the end short
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

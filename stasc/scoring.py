@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from itertools import groupby
+from itertools import groupby, islice
 from statistics import fmean, stdev
 
 from stasc.filtering import improves
@@ -46,10 +46,11 @@ def figures(
 
 def scores(trajectories: Iterable[Trajectory], threshold: float) -> dict[str, float]:
     """Mean rewards r1 and r2, the four transitions, and their count."""
-    pairs = [(t.r1, t.r2) for t in trajectories]
     # All of them are here: there is nothing to synchronise.
     metric = SelfCorrection(threshold, sync_on_compute=False)
-    metric.update([r1 for r1, _ in pairs], [r2 for _, r2 in pairs])
+    pairs = ((t.r1, t.r2) for t in trajectories)
+    while some := list(islice(pairs, 4096)):  # of a file that may be long
+        metric.update(*zip(*some, strict=True))
     return {name: value.item() for name, value in metric.compute().items()}
 
 

@@ -58,7 +58,8 @@ def jsonl(path, *rows: object):
             "'EIE', 'EIF', 'ENE', 'ENF', 'FIE', 'FIF', 'FNE', 'FNF']. Got value: XYZ",
         ),
         ("algorithm.n_init", 0, "algorithm.n_init is 0: it must be 1 or more"),
-        ("algorithm.n_int", 3, "--algorithm.n_int"),
+        ("algorithm.n_int", 3, "Option 'n_int' is not accepted"),
+        ("algorithm", "null", 'Parser key "algorithm"'),
         ("data.batch_size", 0, "data.batch_size is 0"),
         ("data.sampling.temperature", 0, "data.sampling.temperature is 0, so all draws"),
         ("data.sampling.top_p", 1.5, "top_p is 1.5: it must lie in (0, 1]"),
@@ -66,6 +67,7 @@ def jsonl(path, *rows: object):
         ("model.base", "nobody/nothing", "model.base 'nobody/nothing' is not a folder here, and the Hugging"),
         ("model.learning_rate", -1, "model.learning_rate is -1.0: it must be above 0"),
         ("sampler", "NoSampler", 'Parser key "sampler"'),
+        ("reuse", "./nowhere", "reuse is nowhere, which is not a folder: name a run, or a folder of runs"),
         ("seed_everything", "true", "Expected a <class 'int'>. Got value: True"),
         ("trainer.devices", 999, "trainer.devices is 999 and this machine has"),
         ("trainer.precision", "bf16-true", "trainer.precision is bf16-true, which rounds small updates away"),
@@ -104,9 +106,12 @@ def test_a_config_for_gpus_says_what_to_do_without_one(refused):
 
 def test_a_run_folder_of_another_config_is_left_alone(refused):
     refused.run_dir.mkdir()
-    other = {"algorithm": {"variant": "FNF"}}
+    other = {"algorithm": {"class_path": "stasc.algorithm.STaR", "init_args": {"n_init": 2}}}
     (refused.run_dir / "config.yaml").write_text(yaml.safe_dump(other))
-    assert "holds a run with another algorithm." in refused()
+    assert (
+        "holds a run with another --algorithm (stasc.algorithm.STaR, now stasc.algorithm.STaSC): "
+        in refused()
+    )
     assert yaml.safe_load((refused.run_dir / "config.yaml").read_text()) == other
 
 
@@ -147,7 +152,7 @@ def test_printed_config_is_a_config(stasc, tmp_path):
     path.write_text(first.stdout)
     second = stasc("fit", "--config", path, "--print_config")
     assert second.stdout == first.stdout
-    assert yaml.safe_load(first.stdout)["algorithm"]["variant"] == "FNF"
+    assert yaml.safe_load(first.stdout)["algorithm"]["init_args"]["variant"] == "FNF"
 
 
 def test_a_model_folder_is_evaluated_and_answers_questions(stasc, tmp_path):

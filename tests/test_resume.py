@@ -1,13 +1,17 @@
-"""The same command after a kill -9 goes on where the run stopped, and ends with the same bytes."""
+"""The same command after a kill -9 or Ctrl-C goes on where the run stopped, and ends with the same bytes."""
 
 import json
+import os
+import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import contents, curves, demo_fit
+from conftest import ROOT, contents, curves, demo_fit, events, stasc_environment
 
 ITERATIONS = 3
 SIZES = {"train": 80, "test": 40, "iterations": ITERATIONS}
@@ -34,21 +38,24 @@ def with_vllm(stasc, tmp_path_factory) -> Path:
 def assert_same(run: Path, reference: Path) -> None:
     assert contents(run) == contents(reference)
     points, expected = curves(run), curves(reference)
-    assert points.keys() == expected.keys()
-    for name, curve in expected.items():
-        if name.partition("/")[0] in ("test", "train", "dataset", "training"):
-            assert [n for n, _ in curve] == list(range(name[:5] != "test/", ITERATIONS + 1)), name
-            assert points[name] == curve, name
-        else:  # optimiser steps that had to be done again are there twice
-            assert dict(points[name]) == dict(curve), name
+    assert [n for n, _ in points["test/r1"]] == list(range(ITERATIONS + 1))
+    assert [n for n, _ in points["train/r1"]] == list(range(1, ITERATIONS + 1))
+    trained = [json.loads(path.read_text())["training"] for path in run.glob("iteration-*/training.json")]
+    steps = sum(training["steps"] for training in trained)
+    assert [step for step, _ in points["step/loss"]] == list(range(steps))
+    assert points == expected, "every point is in the event files once"
+    shown, tables = (events(folder).Tensors("test/trajectories/text_summary") for folder in (run, reference))
+    assert [table.step for table in shown] == list(range(ITERATIONS + 1))
+    assert [table.tensor_proto for table in shown] == [table.tensor_proto for table in tables]
 
 
 # Hook of Lightning, training epochs done by then, the last that is on disk, and the first that is not.
 MOMENTS = {
     "in the first epoch": ("on_train_batch_end", 2, "iteration-02/dataset.jsonl", "iteration-02/model"),
+    "after M_1's evaluation": ("on_train_epoch_start", 2, "iteration-01/metrics.json", "iteration-02/model"),
     "in the second epoch": ("on_train_batch_end", 3, "iteration-01/metrics.json", "iteration-02/model"),
     "before M_2's checkpoint": ("on_save_checkpoint", 4, "iteration-02/model", "iteration-03/initial.jsonl"),
-    "before M_3's evaluation": ("on_fit_end", 6, "iteration-03/model", "iteration-03/test.jsonl"),
+    "before M_3's evaluation": ("on_train_end", 6, "iteration-03/model", "iteration-03/test.jsonl"),
 }
 
 
@@ -86,6 +93,13 @@ def workers(parent: int) -> Iterator[str]:
             yield process.name
 
 
+def assert_no_workers(parent: int) -> None:
+    deadline = time.monotonic() + 30
+    while left := list(workers(parent)):
+        assert time.monotonic() < deadline, f"workers {left} outlive the program"
+        time.sleep(0.1)
+
+
 def test_killed_twice_from_outside_with_vllm(stasc, start, with_vllm, tmp_path):
     run = tmp_path / "run"
     command = (*demo_fit(run, **SIZES, sampler="VLLMSampler"), *OPTIONS)
@@ -99,11 +113,55 @@ def test_killed_twice_from_outside_with_vllm(stasc, start, with_vllm, tmp_path):
         program.kill()
         program.wait()
         assert not (run / not_there).exists(), "killed too late"
-        deadline = time.monotonic() + 30
-        while left := list(workers(program.pid)):
-            assert time.monotonic() < deadline, f"workers {left} outlive the program"
-            time.sleep(0.1)
+        assert_no_workers(program.pid)
 
     again = stasc(*command)
     assert again.returncode == 0, again.stderr
     assert_same(run, with_vllm)
+
+
+@pytest.fixture
+def ctrl_c_is_heard() -> Iterator[None]:
+    """Whoever runs the tests may ignore it, and then so would the program."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c_is_heard")
+def test_interrupted_three_times_with_vllm(stasc, cache, with_vllm, tmp_path):
+    run, log = tmp_path / "run", tmp_path / "log"
+    command = (*demo_fit(run, **SIZES, sampler="VLLMSampler"), *OPTIONS)
+    finished = {}
+    for there, not_there in (
+        ("engine-0.log", "under-way"),  # while the engine starts
+        ("under-way", "iteration-01/initial.jsonl"),  # while it samples
+        ("iteration-00/metrics.json", "iteration-01/model"),  # while the model trains
+    ):
+        with log.open("wb") as output:
+            program = subprocess.Popen(
+                [sys.executable, "-m", "stasc", *map(str, command)],
+                cwd=ROOT,
+                env=stasc_environment(cache),
+                stdout=output,
+                stderr=output,
+                process_group=0,
+            )
+        wait_for(run / there, program)
+        while program.poll() is None:  # an impatient user, and a terminal that tells the whole group
+            with suppress(ProcessLookupError):
+                os.killpg(program.pid, signal.SIGINT)
+            time.sleep(0.1)
+        said = log.read_text()
+        assert program.returncode == 130, said
+        assert said.splitlines()[-1].startswith("stasc: interrupted; the same command goes on")
+        assert "Traceback" not in said
+        assert not (run / not_there).exists(), "interrupted too late"
+        assert_no_workers(program.pid)
+        finished |= {path: path.stat().st_mtime_ns for path in run.glob("iteration-*/*.json*")}
+
+    again = stasc(*command)
+    assert again.returncode == 0, again.stderr
+    assert_same(run, with_vllm)
+    assert run / "iteration-01/dataset.jsonl" in finished
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished

@@ -398,6 +398,8 @@ def test_the_worker_ends_with_its_parent(models, tmp_path, how, when):
     root = tmp_path / "a copy"
     shutil.copytree(Path(stasc.__file__).parent, root / "stasc")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment["TMPDIR"] = str(tmp_path / "temporary")
+    (tmp_path / "temporary").mkdir()
     parent = subprocess.Popen(
         [sys.executable, "-c", PARENT, models / "first", tmp_path / "log"],
         cwd=root,
@@ -419,6 +421,7 @@ def test_the_worker_ends_with_its_parent(models, tmp_path, how, when):
     while session(worker) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not session(worker)
+    assert not [path for path in (tmp_path / "temporary").rglob("*") if path.is_file()]
 
 
 def test_environment_of_the_worker(monkeypatch):

@@ -27,6 +27,7 @@ _FURTHER = re.compile(r"greedy\.r[12]|samples\.(k|(pass|majority)_r[12])|rounds\
 _NOT_THE_SYSTEM = (
     "seed_everything",
     "run_dir",
+    "reuse",
     "ckpt_path",
     "weights_only",
     "data.output",

@@ -1,0 +1,244 @@
+"""What an optimiser step takes: prefix-sharing batches, padded rows, and TRL's SFTTrainer.
+
+    python benchmarks/train_step.py [--trl PYTHON] [--repeats 5] [--quick] [--profile] [--append FILE]
+
+TRL is no part of this project: PYTHON is the interpreter of an environment that is made for it.
+
+    python -m venv trl-env
+    trl-env/bin/pip install torch==2.13.0 transformers==5.19.0 trl==1.16.0 accelerate datasets
+
+All ways train the same random Qwen2 on the same corrections in float32, each in a process of its own (see
+trainers.py), and take turns step by step. A step is all that lies between two of them: making the batch,
+forward, backward, clipping, AdamW and logging. If the losses of a step differ, the benchmark fails.
+
+With CUDA it does so in bf16-mixed at the shape of Qwen2.5-1.5B, and adds the model FLOP utilisation. That has
+not been run yet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+from common import ENVIRONMENT, ROOT, machine, publish, spread, table
+from tokenizers import Tokenizer, models
+from trainers import CUDA, PADDED, SETTINGS, SHARING, TRL_FLAT, TRL_LABELLED, corrections
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers.utils.logging import disable_progress_bar
+
+TOLERANCE = 1e-2 if CUDA else 1e-4
+"""Of losses, relative."""
+
+Taken = dict[str, list[dict[str, Any]]]
+"""What each way says of each of its steps."""
+
+NOTE = """Memory is the peak of a step above what the process holds between steps: weights and optimiser.
+Off CUDA, TRL computes logits at all places and offers no choice; on CUDA at labels alone. Its last way here
+replaces the one line of TRL that decides this, and so shows what else makes the difference.
+"""
+
+
+class Shape(NamedTuple):
+    """Of a Qwen2, and what it is an example of."""
+
+    title: str
+    vocabulary: int
+    hidden: int
+    layers: int
+    intermediate: int
+    heads: int
+    key_value_heads: int
+
+
+TINY = Shape("tiny", 4096, 64, 2, 176, 2, 1)
+SMALL = Shape("Qwen2.5's vocabulary", 151_936, 512, 8, 1408, 8, 2)
+LARGE = Shape("embedding to layers as in Qwen2.5-1.5B", 24_000, 768, 12, 3072, 12, 2)
+FULL = Shape("Qwen2.5-1.5B", 151_936, 1536, 28, 8960, 12, 2)
+
+
+class Contender:
+    """A way to train, in a process of its own."""
+
+    def __init__(self, python: str, way: str, model: Path, steps: int, *, grouped: bool) -> None:
+        self._log = model.with_name("log")
+        self._process = subprocess.Popen(
+            [python, str(ROOT / "benchmarks/trainers.py"), way, str(model), str(steps), str(grouped)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log.open("ab"),
+            env=os.environ | ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
+            text=True,
+        )
+        self.versions: str | None = self._answer()["versions"]
+
+    def step(self, command: str) -> dict[str, Any]:
+        """Seconds, loss and memory of the next step; ``profile`` adds microseconds by operator."""
+        print(command, file=self._process.stdin, flush=True)
+        return self._answer()
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.communicate()
+
+    def _answer(self) -> dict[str, Any]:
+        line = self._process.stdout.readline()
+        return json.loads(line) if line else sys.exit(f"a contender died:\n{self._log.read_text()[-3000:]}")
+
+
+def random_model(shape: Shape, folder: Path) -> tuple[int, int]:
+    """Write a model; gives the number of weights in its layers, and in its embedding, which is tied."""
+    config = Qwen2Config(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.key_value_heads,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        dtype="float32",
+    )
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(config)
+    model.save_pretrained(folder)
+    # The data are token ids, but TRL asks for a tokenizer.
+    words = Tokenizer(models.WordLevel({"<pad>": 0}, unk_token="<pad>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<pad>")
+    tokenizer.save_pretrained(folder)
+    embedding = model.get_input_embeddings().weight.numel()
+    return model.num_parameters() - embedding, embedding
+
+
+def race(pythons: dict[str, str], model: Path, commands: list[str], *, grouped: bool) -> tuple[Taken, str]:
+    """The same steps of every way, and the versions of TRL's packages; leaves if the losses of one differ.
+
+    Args:
+        pythons: The ways, and the interpreter of each.
+        model: Folder.
+        commands: What each step is.
+        grouped: Whether the corrections of an initial answer stand together in D_n.
+    """
+    ways = list(pythons)
+    field = {way: Contender(pythons[way], way, model, len(commands), grouped=grouped) for way in ways}
+    taken: Taken = {way: [] for way in ways}
+    for number, command in enumerate(commands):
+        turn = number % len(ways)  # who begins changes
+        for way in ways[turn:] + ways[:turn]:
+            taken[way].append(field[way].step(command))
+        losses = {way: taken[way][number]["loss"] for way in ways}
+        if max(losses.values()) - min(losses.values()) > TOLERANCE * losses[SHARING]:
+            sys.exit(f"The losses of step {number} differ: {losses}.")
+        seconds = {way: round(taken[way][number]["seconds"], 2) for way in ways}
+        print(f"({command} {number}: {seconds})", file=sys.stderr, flush=True)
+    for contender in field.values():
+        contender.close()
+    return taken, field[ways[-1]].versions or ""
+
+
+def section(shape: Shape, pythons: dict[str, str], options: argparse.Namespace) -> str:
+    """The text on a model of this shape: all ways on a shuffled D_n, and our own on a grouped one."""
+    commands = ["step"] * (1 + options.repeats) + ["profile"] * options.profile
+    ours = {way: python for way, python in pythons.items() if way not in SETTINGS}
+    rows, profiles, versions, ends, apart = [], [], "", [], 0.0
+    with tempfile.TemporaryDirectory() as name:
+        model = Path(name) / "model"
+        weights = random_model(shape, model)
+        for grouped, field in ((False, pythons), (True, ours)):
+            taken, found = race(field, model, commands, grouped=grouped)
+            versions = versions or found
+            title = "grouped" if grouped else "shuffled"
+            rows += measured(title, taken, shape, weights, options, grouped=grouped)
+            profiles += [[title, way, _largest(steps[-1]["operators"])] for way, steps in taken.items()]
+            losses = [[step["loss"] for step in steps] for steps in taken.values()]
+            ends += [losses[0][0], losses[0][-1]]
+            apart = max(apart, *((max(of) - min(of)) / min(of) for of in zip(*losses, strict=True)))
+    head = ("D_n", "way", "tokens", "seconds", "times ours", "GiB in a step", *["MFU"] * CUDA)
+    text = (
+        f"#### {shape.title}: {weights[0] / 1e6:.0f}M weights in layers, {weights[1] / 1e6:.0f}M in the "
+        f"embedding of {shape.vocabulary:,} tokens\n\n{table(head, rows)}\n\n"
+        f"In no step are the losses of two ways further apart than {apart:.0e} of them: they went from "
+        f"{ends[0]:.4f} to {ends[1]:.4f} (shuffled) and from {ends[2]:.4f} to {ends[3]:.4f} (grouped).\n"
+    )
+    if options.profile:
+        text += f"\n{table(('D_n', 'way', 'time within operators, of one more step'), profiles)}\n"
+    return f"{text}\nTRL's environment: {versions}.\n" if versions else text
+
+
+def measured(
+    title: str,
+    taken: Taken,
+    shape: Shape,
+    weights: tuple[int, int],
+    options: argparse.Namespace,
+    *,
+    grouped: bool,
+) -> list[list[str]]:
+    """Rows of the table."""
+    steps = range(1, 1 + options.repeats)
+    rows = []
+    for way, found in taken.items():
+        batches = corrections(shape.vocabulary, sharing=way == SHARING, grouped=grouped)
+        learnt = median(sum(len(target) for _, target in batches.examples(step)) for step in steps)
+        tokens = median(
+            sum(len(prompt) + len(target) for prompt, target in batches.examples(step))
+            if way == TRL_FLAT
+            else batches[step].input_ids.numel()
+            for step in steps
+        )
+        seconds = [found[step]["seconds"] for step in steps]
+        # Step by step: what slows the machine down for a while slows neighbours down alike.
+        factors = [found[step]["seconds"] / taken[SHARING][step]["seconds"] for step in steps]
+        memory = median(found[step]["gib"] for step in steps)
+        row = [title, way, f"{tokens:,.0f}", spread(seconds, 2), spread(factors, 1), f"{memory:.2f}"]
+        if CUDA:
+            operations = 6 * (weights[0] * tokens + weights[1] * learnt)
+            row.append(f"{operations / median(seconds) / options.peak / 1e12:.0%}")
+        rows.append(row)
+    return rows
+
+
+def _largest(operators: dict[str, float]) -> str:
+    whole = sum(operators.values())
+    largest = sorted(operators, key=operators.get, reverse=True)[:8]
+    return ", ".join(f"`{name}` {operators[name] / whole:.0%}" for name in largest)
+
+
+def main() -> None:
+    """Run all races and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--trl", help="interpreter of an environment that has TRL")
+    parser.add_argument("--repeats", type=int, default=5, help="measured steps of every way")
+    parser.add_argument("--quick", action="store_true", help="a smoke run: a tiny model alone")
+    parser.add_argument("--profile", action="store_true", help="also say where a further step's time goes")
+    parser.add_argument("--peak", type=float, default=989, help="the GPU's TFLOP/s in bfloat16")
+    parser.add_argument("--append", type=Path, help="write the tables to the end of this file too")
+    options = parser.parse_args()
+    heading = machine()
+    disable_progress_bar()
+    everyone = dict.fromkeys((SHARING, PADDED), sys.executable)
+    if options.trl:
+        everyone |= dict.fromkeys(SETTINGS, options.trl)
+    fewer = {way: python for way, python in everyone.items() if way != TRL_FLAT}
+    if options.quick:
+        races = [(TINY, everyone)]
+    elif CUDA:  # where TRL computes logits at labels alone anyway, and padding-free needs FlashAttention
+        races = [(FULL, {way: python for way, python in fewer.items() if way != TRL_LABELLED})]
+    else:
+        races = [(SMALL, everyone), (LARGE, fewer)]
+    rounds = f"{options.repeats} steps of 8 corrections after a first one; median (lowest..highest)."
+    publish(f"### One optimiser step\n\n{heading} {rounds}\n", options.append)
+    for shape, pythons in races:
+        publish(section(shape, pythons, options), options.append)
+    publish(NOTE if options.trl else "TRL was left out: --trl was not given.\n", options.append)
+
+
+if __name__ == "__main__":
+    main()
