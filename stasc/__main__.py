@@ -42,6 +42,7 @@ def main() -> None:
     except (KeyboardInterrupt, SystemExit) as end:  # Lightning makes the second of the first, with status 1
         if KeyboardInterrupt not in (type(end), type(end.__context__)):
             raise
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Lightning has put our handler back
         if os.environ.get("LOCAL_RANK", "0") == "0":
             said = "stasc: interrupted; the same command goes on from what is finished."
             print(said, file=sys.stderr, flush=True)
