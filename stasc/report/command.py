@@ -42,7 +42,7 @@ PAPER_METHOD = (
     "tests, and a maximum is given only if all iterations are known. The size of Dₙ is that file's "
     "n_filtered one row before, which counts what was kept of the draws of Mₙ₋₁. Where r(Y1) of a variant "
     "with Fixed initialisation is constant there, its initial answers on the test set were those of M₀; "
-    "here each Mₙ answers for itself."
+    "here each Mₙ answers for itself, unless a run sets algorithm.fixed_in_test."
 )
 
 
