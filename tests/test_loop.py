@@ -140,11 +140,12 @@ def test_metrics_are_those_of_the_files(quickstart):
             assert test.pop(f"{turn}_se") == pytest.approx(math.sqrt(p * (1 - p) / 499))
         assert test == pytest.approx(recomputed(trajectories))
         if n:
+            learnt = json.loads((quickstart.box(n) / "training.json").read_text())
+            assert learnt == {name: metrics[name] for name in learnt}
             assert metrics.pop("train") == pytest.approx(recomputed(quickstart.records(n, "trajectories")))
             size = len(quickstart.records(n, "dataset"))
             assert metrics.pop("dataset") == {"size": size, "improving": size, "non_decreasing": 0}
             training = metrics.pop("training")
-            assert training == json.loads((quickstart.box(n) / "training.json").read_text())
             assert 0 < training["loss"] < 1
             assert (training["learning_rate"], training["steps"]) == (2.5e-4, -(-size // 16))
         assert metrics == {}
