@@ -18,7 +18,8 @@ from conftest import ROOT, curves, tiny_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from stasc.packing import pad
+from stasc.likelihood import NegativeLogLikelihood
+from stasc.packing import pack
 from stasc.prompting import Dialogue, Message, Prompts
 from stasc.trajectory import read_records
 
@@ -84,12 +85,12 @@ def parrot(folder: Path, kind: str, questions: Path) -> Path:
         prompt = rng.choice([dialogue.initial_prompt(text), dialogue.correction_prompt(text, answer())])
         return prompt, [*dialogue.tokenizer.encode(answer()), dialogue.end_of_turn]
 
+    likelihood = NegativeLogLikelihood(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(120):
-        batch = pad([example() for _ in range(8)], step_tokens=1)
-        labels = batch.labels
-        loss = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels).loss
-        loss.backward()
+        examples = [example() for _ in range(8)]
+        tokens = sum(len(target) for _, target in examples)
+        (likelihood(pack(examples, tokens, ends_step=True)) / tokens).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
