@@ -21,10 +21,12 @@ Asked = Literal["train", "test"]
 # Options that come into play after M_0, or have no part in any result. All others must be equal.
 _LATER = ("run_dir", "reuse", "ckpt_path", "weights_only", "model.", "trainer.")
 _LATER += ("data.batch_size", "data.output", "data.predict", "data.training_prompts")
+_LATER += ("data.prefix_sharing", "data.token_budget", "data.group_corrections")
+_CHOICES = ("variant", "iterations", "epochs", "pair_all", "only_equal", "fixed_in_test")
 # Those of our own systems; what the options of a user's own system do is not known.
 _LATER_IN_OURS = {
-    "train": ("variant", "iterations", "epochs", "pair_all", "only_equal", "rounds"),
-    "test": ("variant", "iterations", "epochs", "pair_all", "only_equal", "rounds", "n_init", "n_corr"),
+    "train": (*_CHOICES, "rounds"),
+    "test": (*_CHOICES, "rounds", "n_init", "n_corr"),
 }
 
 

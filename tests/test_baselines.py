@@ -13,7 +13,7 @@ from data import demo
 from stasc.algorithm import STaR
 from stasc.pretrained import load_tokenizer
 from stasc.prompting import Dialogue, Message, Prompts
-from stasc.trajectory import read_records
+from stasc.trajectory import Completion, Question, Trajectory, read_records
 
 SMALL = {"train": 40, "test": 30}
 
@@ -62,17 +62,11 @@ def test_star_without_rationalisation_learns_first_answers_alone(stasc, tmp_path
 def test_stars_example_is_the_first_answer_to_the_plain_question():
     prompts = Prompts([Message("user", "{question}")], [Message("user", "{question} {initial_answer}")])
     dialogue = Dialogue(tiny_tokenizer("qwen2"), prompts)
-    (trajectory,) = (t for t in [star_trajectory(dialogue)])
+    wrong, right = (Completion(s, tuple(dialogue.tokenizer.encode(s)), True) for s in ("b", "a"))
+    trajectory = Trajectory(Question("q", "which?", ("a",)), 0, 0, wrong, right, 0.0, 1.0)
     prompt, target = STaR().example(dialogue, trajectory)
     assert prompt == dialogue.initial_prompt(trajectory.question.text)
     assert target == [*trajectory.correction.token_ids, dialogue.end_of_turn]
-
-
-def star_trajectory(dialogue: Dialogue):
-    from stasc.trajectory import Completion, Question, Trajectory
-
-    wrong, right = (Completion(s, tuple(dialogue.tokenizer.encode(s)), True) for s in ("b", "a"))
-    return Trajectory(Question("q", "which?", ("a",)), 0, 0, wrong, right, 0.0, 1.0)
 
 
 def test_star_needs_its_hint(stasc, tmp_path):

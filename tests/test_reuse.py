@@ -89,6 +89,8 @@ def taken(place: Path, config: dict[str, Any], questions=QUESTIONS, run: str = "
         ("model.learning_rate", 1e-5, TRAIN | TEST),
         ("model.lora", {"rank": 8}, TRAIN | TEST),
         ("data.batch_size", 4, TRAIN | TEST),
+        ("algorithm.init_args.fixed_in_test", True, TRAIN | TEST),
+        ("data.prefix_sharing", False, TRAIN | TEST),
         ("trainer.devices", 2, TRAIN | TEST),
         ("algorithm.init_args.n_init", 5, TEST),
         ("algorithm.init_args.n_corr", 5, TEST),
