@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import FunctionCtx, once_differentiable
 from transformers import PreTrainedModel
 
 from stasc.attention import tree_masks
@@ -21,9 +21,9 @@ LOGITS = 2**25
 class NegativeLogLikelihood:
     """Summed negative log-likelihood of a batch's targets.
 
-    Logits are computed at the places alone that predict a target, and never more than ``LOGITS`` of them at
-    once: a chunk of them is computed again in the backward pass. A model that does something to its logits
-    behind the output embedding (a cap, a scale) computes them itself, all at once.
+    Logits are computed once, at the places alone that predict a target, and never more than ``LOGITS`` of
+    them are held. A model whose logits are more than a product with the output embedding (a cap, a scale, a
+    bias, an adapter) computes them itself, all at once.
 
     Args:
         model: A causal language model, with adapters or without; before any strategy shards it.
@@ -61,19 +61,13 @@ class NegativeLogLikelihood:
                 f"{self.model.config.model_type} does not attend as prefix-sharing batches need it: "
                 "set data.prefix_sharing to false."
             )
-        if not self.plain_head:
-            return _summed(self._logits(batch), batch.targets, batch.counts)
-        hidden = self._hidden(batch)
         head = self.model.get_output_embeddings()
-
-        def summed(hidden: Tensor, targets: Tensor, counts: Tensor) -> Tensor:
-            return _summed(head(hidden), targets, counts)
-
-        rows = max(1, LOGITS // self.model.config.get_text_config().vocab_size)
-        if len(hidden) <= rows:
-            return summed(hidden, batch.targets, batch.counts)
-        chunks = zip(hidden.split(rows), batch.targets.split(rows), batch.counts.split(rows), strict=True)
-        return torch.stack([checkpoint(summed, *chunk, use_reentrant=False) for chunk in chunks]).sum()
+        if self.plain_head and type(head) is torch.nn.Linear:  # FSDP may have wrapped it since
+            return _BehindHead.apply(self._hidden(batch), head.weight, batch.targets, batch.counts)
+        losses = torch.nn.functional.cross_entropy(
+            self._logits(batch).float(), batch.targets, reduction="none"
+        )
+        return (losses * batch.counts).sum()
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         masks = None
@@ -108,8 +102,12 @@ class NegativeLogLikelihood:
             for make in (pad, pack)
         )
         logits = self._logits(plain)
-        plain_head = self.model.get_decoder() is not self.model and torch.equal(
-            self.model.get_output_embeddings()(self._hidden(plain)), logits
+        head = self.model.get_output_embeddings()
+        plain_head = (
+            type(head) is torch.nn.Linear
+            and head.bias is None
+            and self.model.get_decoder() is not self.model
+            and torch.equal(head(self._hidden(plain)), logits)
         )
         try:
             away = (self._logits(tree) - logits).abs().max()
@@ -119,6 +117,43 @@ class NegativeLogLikelihood:
         return plain_head, reads_trees
 
 
-def _summed(logits: Tensor, targets: Tensor, counts: Tensor) -> Tensor:
-    losses = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
-    return (losses * counts).sum()
+class _BehindHead(torch.autograd.Function):
+    """Summed negative log-likelihood of the targets, from what the output embedding is given.
+
+    The gradients are computed together with the loss, while the logits of a chunk are there: none are kept
+    for the backward pass or computed again in it.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, hidden: Tensor, weight: Tensor, targets: Tensor, counts: Tensor) -> Tensor:
+        """Shapes [targets, hidden size], [vocabulary, hidden size], [targets] and [targets]."""
+        if torch.is_autocast_enabled(hidden.device.type):
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+            hidden, weight = hidden.to(dtype), weight.to(dtype)
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        summed = hidden.new_zeros((), dtype=exact)
+        hidden_grad = torch.empty_like(hidden)
+        weight_grad = torch.zeros_like(weight, dtype=exact) if ctx.needs_input_grad[1] else None
+        rows = max(1, LOGITS // len(weight))
+        chunks = (of.split(rows) for of in (hidden, hidden_grad, targets[:, None], counts[:, None]))
+        for states, states_grad, target, count in zip(*chunks, strict=True):
+            likelihoods = (states @ weight.T).log_softmax(-1, dtype=exact)
+            summed -= (likelihoods.gather(1, target) * count).sum()
+            logits_grad = likelihoods.exp_().mul_(count).scatter_add_(1, target, -count.to(exact))
+            logits_grad = logits_grad.to(states.dtype)
+            torch.mm(logits_grad, weight, out=states_grad)
+            if weight_grad is None:
+                continue
+            if states.dtype == exact:
+                weight_grad.addmm_(logits_grad.T, states)  # which mixed dtypes do not have
+            else:
+                weight_grad += logits_grad.T @ states
+        ctx.save_for_backward(hidden_grad, weight_grad)
+        return summed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Autograd casts them to the dtypes of the inputs."""
+        hidden_grad, weight_grad = ctx.saved_tensors
+        return hidden_grad * gradient, None if weight_grad is None else weight_grad.mul_(gradient), None, None

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import FSDPStrategy, Strategy
 from torch import Tensor
 from torch.optim import Optimizer
@@ -139,7 +140,14 @@ class CorrectionSFT(LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         """A fresh optimiser and schedule; the outer loop asks for them at the start of every iteration."""
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=self.learning_rate, weight_decay=self.weight_decay)
+        # On a CPU what PyTorch takes by itself (None) copies each weight several times. Under MixedPrecision
+        # Lightning does not clip the gradients of a fused optimiser.
+        strategy = self.trainer.strategy
+        mixed = isinstance(strategy.precision_plugin, MixedPrecision)
+        fused = True if strategy.root_device.type == "cpu" and not mixed else None
+        optimizer = torch.optim.AdamW(
+            trained, lr=self.learning_rate, weight_decay=self.weight_decay, fused=fused
+        )
         schedule = CosineWithWarmup(self.iteration_steps, self.warmup_ratio)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -85,7 +86,8 @@ def of_each_alone(model: PreTrainedModel, examples: Sequence[Example]) -> Tensor
 def gradients(model: PreTrainedModel, loss: Tensor) -> dict[str, Tensor]:
     model.zero_grad()
     loss.backward()
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return {name: parameter.grad.clone() for name, parameter in trained}
 
 
 # ---------------------------------------------------------------- the layout
@@ -144,17 +146,53 @@ def test_the_windows_of_these_tests_bite(config):
     assert abs(float(narrow - wider)) > 1e-2
 
 
-def test_logits_are_computed_at_the_targets_alone_and_few_at_once(monkeypatch):
+class LogitRows(TorchDispatchMode):
+    """Notes how many rows of logits each matrix product gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.mm.default and found.shape[1] == VOCABULARY:
+            self.rows.append(found.shape[0])
+        return found
+
+
+def test_logits_are_computed_once_at_the_targets_alone_and_few_at_once(monkeypatch):
+    monkeypatch.setattr(likelihood, "LOGITS", 4 * VOCABULARY)
+    summed = NegativeLogLikelihood(model("qwen2"))
+    with LogitRows() as logits:
+        summed(pack(EXAMPLES["shared"], 1, ends_step=True)).backward()
+    assert logits.rows == [4] * 7  # of 7 + 9 + 12 targets
+
+
+def test_under_autocast_logits_by_the_chunk_teach_what_those_of_the_model_teach(monkeypatch):
     monkeypatch.setattr(likelihood, "LOGITS", 4 * VOCABULARY)
     of = model("qwen2")
-    summed = NegativeLogLikelihood(of)
-    rows = []
-    of.get_output_embeddings().register_forward_hook(lambda module, args, out: rows.append(out.shape[0]))
-    loss = summed(pack(EXAMPLES["shared"], 1, ends_step=True))
-    assert max(rows) == 4
-    assert sum(rows) == 7 + 9 + 12  # at the targets alone
-    loss.backward()
-    assert max(rows) == 4
+    batch = pack(EXAMPLES["shared"], 1, ends_step=True)
+    by_chunk, by_model = NegativeLogLikelihood(of), NegativeLogLikelihood(of)
+    by_model.plain_head = False
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = [by_chunk(batch), by_model(batch)]
+    assert losses[0].dtype == torch.float32
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-5)
+    found, expected = (gradients(of, loss) for loss in losses)
+    for name, gradient in found.items():
+        assert gradient.dtype == torch.float32
+        assert float((gradient - expected[name]).norm() / expected[name].norm()) < 3e-2, name
+
+
+def test_a_frozen_output_embedding_gets_no_gradient():
+    of = model("qwen2", tie_word_embeddings=False)
+    expected = gradients(of, of_each_alone(of, EXAMPLES["shared"]))
+    of.get_output_embeddings().requires_grad_(False)
+    loss = NegativeLogLikelihood(of)(pack(EXAMPLES["shared"], 1, ends_step=True))
+    found = gradients(of, loss)
+    assert expected.keys() - found.keys() == {"lm_head.weight"}
+    for name, gradient in found.items():
+        assert float((gradient - expected[name]).norm() / expected[name].norm()) < 1e-5, name
 
 
 def test_no_targets_weigh_nothing_and_reach_all_parameters():
