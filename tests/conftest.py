@@ -66,7 +66,13 @@ def tiny_tokenizer(kind: str, phrases: Sequence[str] = ()) -> Qwen2Tokenizer:
     return tokenizer
 
 
-def tiny_model(folder: Path, kind: str = "qwen2", context: int = 8192, phrases: Sequence[str] = ()) -> Path:
+def tiny_model(
+    folder: Path,
+    kind: str = "qwen2",
+    context: int = 8192,
+    phrases: Sequence[str] = (),
+    initializer_range: float = 0.1,
+) -> Path:
     """A random model of a family as a Hugging Face folder."""
     tokenizer = tiny_tokenizer(kind, phrases)
     sizes = {
@@ -86,7 +92,9 @@ def tiny_model(folder: Path, kind: str = "qwen2", context: int = 8192, phrases: 
         if kind == "phi3":
             model = Phi3ForCausalLM(Phi3Config(**sizes, bos_token_id=None, sliding_window=2047))
         else:
-            model = Qwen2ForCausalLM(Qwen2Config(**sizes, tie_word_embeddings=True, initializer_range=0.1))
+            model = Qwen2ForCausalLM(
+                Qwen2Config(**sizes, tie_word_embeddings=True, initializer_range=initializer_range)
+            )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -119,7 +119,8 @@ PLACES = [(ranks, accumulate) for ranks in (1, 2) for accumulate in (1, 2, 3)]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+    # Weights so small that the rounding of float32 stays small in gradients.
+    return tiny_model(tmp_path_factory.mktemp("models") / "tiny", initializer_range=0.03)
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +260,7 @@ def test_the_optimiser_gets_the_gradient_of_the_mean(folder, dialogue, tmp_path,
     for run in [f"{accumulate}-{kind}" for accumulate in (1, 2, 4) for kind in KINDS]:
         for step, examples in zip(recorded(tmp_path / run), expected, strict=True):
             model.load_state_dict(step["weights"], strict=False)
-            assert distance(step["gradients"], gradients(model, examples)) < 1e-5
+            assert distance(step["gradients"], gradients(model, examples)) < 1e-6
 
 
 def test_bf16_mixed_keeps_float32_masters(folder, dialogue, tmp_path):
