@@ -56,11 +56,7 @@ class NegativeLogLikelihood:
         Raises:
             UserError: The batch shares prefixes, which the model does not understand.
         """
-        if batch.ends is not None and not self.reads_trees:
-            raise UserError(
-                f"{self.model.config.model_type} does not attend as prefix-sharing batches need it: "
-                "set data.prefix_sharing to false."
-            )
+        self.check(prefix_sharing=batch.ends is not None)
         head = self.model.get_output_embeddings()
         if self.plain_head and type(head) is torch.nn.Linear:  # FSDP may have wrapped it since
             return _BehindHead.apply(self._hidden(batch), head.weight, batch.targets, batch.counts)
@@ -68,6 +64,14 @@ class NegativeLogLikelihood:
             self._logits(batch).float(), batch.targets, reduction="none"
         )
         return (losses * batch.counts).sum()
+
+    def check(self, *, prefix_sharing: bool) -> None:
+        """Raise UserError if batches share prefixes and the model does not understand that."""
+        if prefix_sharing and not self.reads_trees:
+            raise UserError(
+                f"{self.model.config.model_type} does not attend as prefix-sharing batches need it: "
+                "set data.prefix_sharing to false."
+            )
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         masks = None

@@ -59,12 +59,21 @@ class LoRA:
         Args:
             weights: State dict of a model with adapters; it stays as it is.
             shell: A model of that architecture without weights; it is used up.
+
+        Raises:
+            UserError: There is no such sum, as an adapter has grown beyond all numbers.
         """
         tuner = self._tuner(shell)
         shell.load_state_dict(weights, assign=True)
         shell.tie_weights()
-        with torch.no_grad():
-            return tuner.merge_and_unload(safe_merge=True).state_dict()
+        try:
+            with torch.no_grad():
+                return tuner.merge_and_unload(safe_merge=True).state_dict()
+        except ValueError as error:
+            raise UserError(
+                "training diverged: the adapters are not finite. Lower model.learning_rate or set "
+                "trainer.gradient_clip_val, in a new run_dir."
+            ) from error
 
     def _tuner(self, model: PreTrainedModel) -> LoraModel:
         from peft import LoraConfig, LoraModel  # takes a second, which full fine-tuning need not wait

@@ -153,7 +153,9 @@ class CorrectionSFT(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_fit_start(self) -> None:
-        """Remember the accumulation that was asked for."""
+        """Find batches that M_0 cannot read before it has sampled; remember the accumulation."""
+        if self.trainer.datamodule:
+            self.likelihood.check(prefix_sharing=self.trainer.datamodule.prefix_sharing)
         self.accumulate = self.trainer.accumulate_grad_batches
 
     def on_train_batch_start(self, batch: Batch | None, batch_idx: int) -> int | None:

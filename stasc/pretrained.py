@@ -64,8 +64,18 @@ def load_generation_config(folder: Path) -> GenerationConfig | None:
 
 
 def context_length(folder: Path) -> int:
-    """Tokens that the model of a folder can take."""
-    return AutoConfig.from_pretrained(folder).max_position_embeddings
+    """Tokens that the model of a folder can take.
+
+    Raises:
+        UserError: Its config does not say.
+    """
+    tokens = getattr(AutoConfig.from_pretrained(folder), "max_position_embeddings", None)
+    if not isinstance(tokens, int):
+        raise UserError(
+            f"{folder / 'config.json'} has no max_position_embeddings: add it, the number of tokens that the "
+            "model can take."
+        )
+    return tokens
 
 
 def load_model(folder: Path, lora: LoRA | None = None) -> PreTrainedModel:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from stasc.errors import UserError
-from stasc.report import figures, tables
+from stasc.report import figures, sizes, tables
 from stasc.report.browser import embed
 from stasc.report.figures import FigureGroup
 from stasc.report.page import GENERATOR, Block, Parts, page, sampled
@@ -115,7 +115,7 @@ def report(places: Sequence[Path], out: Path, paper: Path | None, at_most: int) 
         "What was learnt from": [
             figures.dataset_sizes(shown),
             figures.gains_of_sizes(shown),
-            tables.correlation_table(shown),
+            sizes.correlation_table(shown),
         ],
         "Transitions": [figures.transitions(systems)],
         "Runs": [tables.runs_table(systems), tables.curves_table(systems)],

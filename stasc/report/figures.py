@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from stasc.report.runs import mean_curve
+from stasc.report.sizes import correlation_of, gains
 from stasc.report.systems import Panel, System
 from stasc.report.table import number
-from stasc.report.tables import correlation_of, gains
 
 INK, SOFT, PAPER = "#1c2128", "#6e7681", "#ffffff"
 """Text, lines that stand back, and background of a picture; the page puts its own in their place."""

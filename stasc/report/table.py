@@ -10,12 +10,19 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
+from stasc.report.statistics import Correlation, Estimate, Paired
+
 UNKNOWN = "\N{EN DASH}"
 
 
 def number(value: float | None, form: str = ".3f") -> str:
     """A figure as it is printed, with a real minus sign; a dash where it is unknown."""
     return UNKNOWN if value is None else format(value, form).replace("-", "\N{MINUS SIGN}")
+
+
+def interval(found: Estimate | Paired | Correlation, form: str = ".3f") -> str:
+    """The 95 % interval of a figure as it is printed; empty where it has none."""
+    return "" if found.low is None else f"[{number(found.low, form)}, {number(found.high, form)}]"
 
 
 @dataclass(frozen=True)

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import combinations, pairwise
+from itertools import combinations
 from statistics import fmean
 from typing import Any
 
 from stasc.report.runs import TRANSITIONS, RunResult, mean_curve
 from stasc.report.statistics import (
-    FEWEST_RUNS,
-    Correlation,
     Estimate,
     Maximum,
     Paired,
-    correlation,
     holm,
     maximum,
     over_seeds,
     paired_test,
     standard_error,
 )
-from stasc.report.systems import Panel, System, compared, grid
-from stasc.report.table import UNKNOWN, Cell, Table, number
+from stasc.report.systems import System, compared, grid
+from stasc.report.table import UNKNOWN, Cell, Table, interval, number
 
 TURNS = {"r1": "r(Y1)", "r2": "r(Y2)"}
 
@@ -175,14 +172,14 @@ def _best_cell(best: Best | None, top: float | None) -> Cell:
     first, last = best.iterations[0], best.iterations[-1]
     at = f"n = {first}" if first == last else f"n = {first} to {last}"
     mean = best.estimate.mean
-    details = "\n".join(filter(None, (at, _interval(best.estimate))))
+    details = "\n".join(filter(None, (at, interval(best.estimate))))
     return Cell(f"{mean:.3f} ± {best.deviation:.3f}", details, round(mean, 3) == top)
 
 
 def _mean_cell(found: Estimate | None, top: float | None = None) -> Cell:
     if found is None:
         return Cell(UNKNOWN)
-    return Cell(f"{found.mean:.3f}", _interval(found), round(found.mean, 3) == top)
+    return Cell(f"{found.mean:.3f}", interval(found), round(found.mean, 3) == top)
 
 
 def _gain_cell(summary: Summary) -> Cell:
@@ -195,13 +192,9 @@ def _gain_cell(summary: Summary) -> Cell:
 
 def _difference_cells(paired: Paired) -> list[Cell]:
     return [
-        Cell(number(paired.difference, "+.3f"), _interval(paired, "+.3f")),
+        Cell(number(paired.difference, "+.3f"), interval(paired, "+.3f")),
         Cell(_p(paired.p), f"{paired.questions:,} qu."),
     ]
-
-
-def _interval(found: Estimate | Paired | Correlation, form: str = ".3f") -> str:
-    return "" if found.low is None else f"[{number(found.low, form)}, {number(found.high, form)}]"
 
 
 def _p(p: float) -> str:
@@ -304,82 +297,6 @@ def unlike_test_sets(systems: Sequence[System]) -> str:
         return ""
     named = " | ".join(", ".join(names) for names in groups.values())
     return f"Systems are not paired across different test sets, of which there are {len(groups)}: {named}."
-
-
-# ---------------------------------------------------------------- |D_n| and gains
-
-
-def gains(run: RunResult) -> list[tuple[float, float]]:
-    """(|D_n|, r(Y2) of M_n less that of M_{n-1}) for each iteration n where all three are known."""
-    return [
-        (now.size, now.r2 - before.r2)
-        for before, now in pairwise(run.points)
-        if None not in (now.size, now.r2, before.r2)
-    ]
-
-
-def correlation_of(systems: Sequence[System]) -> Correlation | None:
-    """Of |D_n| with the gain, over all iterations of all runs."""
-    return correlation([gains(run) for system in systems for run in system.runs])
-
-
-def correlation_table(panels: Sequence[Panel]) -> Table:
-    """The correlation of |D_n| with the gain for kinds of variants, and without each variant in turn."""
-    groups, records = [], []
-    for panel in panels:
-        rows = []
-        for kind, systems in _kinds(panel).items():
-            found = correlation_of(systems)
-            if found is None:
-                continue
-            without = {
-                left_out.algorithm: correlation_of([system for system in systems if system is not left_out])
-                for left_out in systems
-            }
-            without = {variant: other for variant, other in without.items() if other}
-            others = [f"{variant}: {number(other.r, '.2f')}" for variant, other in without.items()]
-            rows.append(
-                [
-                    Cell(kind, ", ".join(system.algorithm for system in systems)),
-                    Cell(str(found.runs)),
-                    Cell(str(found.points)),
-                    Cell(number(found.r, ".2f")),
-                    Cell(_interval(found, ".2f") or UNKNOWN),
-                    Cell("", "\n".join(others)),
-                ]
-            )
-            records += [
-                {
-                    "panel": panel.title,
-                    "variants": kind,
-                    "left_out": left_out,
-                    "runs": one.runs,
-                    "points": one.points,
-                    "r": one.r,
-                    "r_low": one.low,
-                    "r_high": one.high,
-                }
-                for left_out, one in (("", found), *without.items())
-            ]
-        if rows:
-            groups.append((panel.title, rows))
-    note = (
-        "Pearson's r of |Dₙ| with r(Y2) of Mₙ less that of Mₙ₋₁, over the iterations of all runs, and "
-        "without each variant in turn. Interval: 95 %, bootstrap over whole runs, for the iterations of a "
-        f"run are not independent; none with fewer than {FEWEST_RUNS} runs, and too narrow with few."
-    )
-    columns = ("Variants", "Runs", "Points", "r", "95 % interval", "r without")
-    return Table("correlation", "Correlation of |Dₙ| with the gain", note, columns, groups, records)
-
-
-def _kinds(panel: Panel) -> dict[str, list[System]]:
-    """All variants of a panel, and by where they are fine-tuned from if there are both."""
-    variants = [system for system in panel.systems if system.variant]
-    kinds = {
-        f"{word} fine-tuning": [system for system in variants if system.variant[2] == letter]
-        for letter, word in (("E", "evolving"), ("F", "fixed"))
-    }
-    return {"all variants": variants} | (kinds if all(kinds.values()) else {})
 
 
 # ---------------------------------------------------------------- what stands behind
