@@ -27,11 +27,10 @@ from stasc.trajectory import Completion, Question, Trajectory
 CUDA = DEVICE.type == "cuda"
 SHARING, PADDED = "ours, prefix sharing", "ours, padded rows"
 TRL_DEFAULTS, TRL_STORING = "TRL, its defaults", "TRL, no gradient checkpointing"
-TRL_FLAT, TRL_LABELLED = "TRL, that and padding-free", "TRL, that and logits at labels alone"
+TRL_LABELLED = "TRL, that and logits at labels alone"
 SETTINGS: dict[str, dict[str, Any]] = {
     TRL_DEFAULTS: {},
     TRL_STORING: {"gradient_checkpointing": False},
-    TRL_FLAT: {"gradient_checkpointing": False, "padding_free": True},
     TRL_LABELLED: {"gradient_checkpointing": False},
 }
 """Of the ways that TRL has; float32 goes for all of them."""

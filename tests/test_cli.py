@@ -99,6 +99,13 @@ def test_a_model_without_chat_template_is_named(refused):
     assert f"the tokenizer in {refused.model} has no chat template" in refused()
 
 
+def test_a_model_that_does_not_say_how_much_it_takes_is_named(refused):
+    path = refused.model / "config.json"
+    config = json.loads(path.read_text()) | {"max_position_embeddings": None}
+    path.write_text(json.dumps(config))
+    assert f"{path} has no max_position_embeddings: add it" in refused()
+
+
 @pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="there is a GPU")
 def test_a_config_for_gpus_says_what_to_do_without_one(refused):
     assert "set --trainer.accelerator cpu" in refused(config="qwen_eif")

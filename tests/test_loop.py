@@ -10,8 +10,8 @@ from typing import NamedTuple, get_args
 
 import pytest
 import yaml
-from conftest import ROOT, contents, curves, demo_fit, events, stasc_environment
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from conftest import ROOT, contents, curves, demo_fit, events, stasc_environment, tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig
 
 from stasc.algorithm import Variant
 from stasc.trajectory import Question, Trajectory, read_records
@@ -331,3 +331,36 @@ def test_an_engine_that_keeps_old_weights_ends_the_run(stasc, tmp_path):
     assert sentence.startswith("stasc: the sampling engine does not hold ")
     assert not (tmp_path / "run/iteration-02/initial.jsonl").exists()
     assert (tmp_path / "run/iteration-01/model").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (
+            (),
+            "stasc: training diverged: {run}/iteration-01/model gives no finite probabilities. Lower model.",
+        ),
+        (("--model.lora.r", 2), "stasc: training diverged: the adapters are not finite. Lower model."),
+    ],
+)
+def test_a_run_that_diverges_says_so_and_asks_the_model_nothing(stasc, tmp_path, options, sentence):
+    small = demo_fit(tmp_path / "run", train=60, test=10, iterations=2)
+    process = stasc(*small, "--model.learning_rate", 1e30, *options)
+    assert process.returncode == 2
+    assert process.stderr.splitlines()[-1].startswith(sentence.format(run=tmp_path / "run"))
+    assert "Traceback" not in process.stderr
+    assert not (tmp_path / "run/iteration-01/test.jsonl").exists()
+
+
+def test_a_model_that_cannot_read_trees_is_refused_before_it_samples(stasc, tmp_path):
+    tokenizer = tiny_tokenizer("qwen2")
+    config = BloomConfig(
+        vocab_size=len(tokenizer), hidden_size=64, n_layer=2, n_head=4, max_position_embeddings=2048
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "bloom")
+    tokenizer.save_pretrained(tmp_path / "bloom")
+    small = demo_fit(tmp_path / "run", train=4, test=2, iterations=1)
+    process = stasc(*small, "--model.base", tmp_path / "bloom")
+    assert process.returncode == 2
+    assert "stasc: bloom does not attend as prefix-sharing batches need it: set data." in process.stderr
+    assert not list((tmp_path / "run").glob("iteration-*"))

@@ -8,7 +8,8 @@ import json
 import math
 import random
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -175,6 +176,30 @@ def test_the_configuration_runs_end_to_end(stasc, questions, tmp_path, name):
     assert [step for step, _ in found["test/r2"]] == [0, 1, 2]
     assert [step for step, _ in found["dataset/size"]] == [1, 2]
     assert all(math.isfinite(loss) for _, loss in found["step/loss"])
+
+
+def test_the_configuration_runs_as_it_was_released(stasc, questions, tmp_path):
+    m0, run = parrot(tmp_path / "M_0", "qwen2", questions), tmp_path / "run"
+    paths = [f"--data.{split}.init_args.path={questions / split}.jsonl" for split in SIZES]
+    done = stasc(
+        *("fit", "--config", "configs/qwen_eif.yaml", "--config", "configs/reference/as_released.yaml"),
+        *("--run_dir", run, "--model.base", m0, *paths, "--algorithm.variant", "FNF"),
+        *("--trainer.accelerator", "cpu", "--trainer.devices", 1, "--trainer.strategy", "auto"),
+        *("--algorithm.iterations", 1, "--sampler.init_args.kv_cache_gib", 0.2),
+    )
+    assert done.returncode == 0, done.stderr
+    own, kept = run / "iteration-01", Counter()
+    draws = read_records(own / "trajectories.jsonl")
+    answers = {(t.question.id, t.j): t for t in draws}.values()
+    for answer, correction in product(answers, draws):
+        if answer.question == correction.question and answer.r1 == correction.r2 == 1:
+            kept[answer.question.id, answer.initial, correction.correction] += 1
+    dataset = read_records(own / "dataset.jsonl")
+    assert Counter((t.question.id, t.initial, t.correction) for t in dataset) == kept
+    assert any(t.r1 < t.r2 for t in draws)  # of which none is kept
+    by_m0, by_m1 = (read_records(run / f"iteration-0{n}/test.jsonl") for n in (0, 1))
+    assert [t.initial for t in by_m0] == [t.initial for t in by_m1]
+    check_model(own / "model", m0)
 
 
 def check_rollout(box: Path, n_init: int) -> None:
