@@ -70,7 +70,7 @@ def context_length(folder: Path) -> int:
         UserError: Its config does not say.
     """
     tokens = getattr(AutoConfig.from_pretrained(folder), "max_position_embeddings", None)
-    if not isinstance(tokens, int):
+    if tokens is None:
         raise UserError(
             f"{folder / 'config.json'} has no max_position_embeddings: add it, the number of tokens that the "
             "model can take."
