@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 import torch
 from common import ENVIRONMENT, ROOT, machine, publish, spread, table
 from tokenizers import Tokenizer, models
-from trainers import CUDA, PADDED, SETTINGS, SHARING, TRL_LABELLED, TRL_STORING, corrections
+from trainers import CUDA, PADDED, SETTINGS, SHARING, TRL_DEFAULTS, TRL_LABELLED, TRL_STORING, corrections
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
@@ -239,20 +239,23 @@ def main() -> None:
     everyone = dict.fromkeys((SHARING, PADDED), sys.executable)
     if options.trl:
         everyone |= dict.fromkeys(SETTINGS, options.trl)
+
+    def without(*ways: str) -> dict[str, str]:
+        return {way: python for way, python in everyone.items() if way not in ways}
+
     # Not all ways of a large model, nor of processes that keep all they ever held, fit into 24 GiB.
-    few = {way: python for way, python in everyone.items() if way in (SHARING, TRL_STORING, TRL_LABELLED)}
-    as_it_is = {way: python for way, python in everyone.items() if way != TRL_LABELLED}
-    plain = {way: python for way, python in as_it_is.items() if way != TRL_STORING}
+    keeping = without(PADDED, TRL_DEFAULTS)
     if options.quick:
-        races = [(TINY, everyone, False), (TINY, few, True)]
+        races = [(TINY, everyone, False), (TINY, keeping, True)]
     elif CUDA:  # where TRL computes logits at labels alone anyway
-        races = [(FULL, as_it_is, False)]
+        races = [(FULL, without(TRL_LABELLED), False)]
     else:
-        races = [(SMALL, everyone, False), (SMALL, few, True), (LARGE, plain, False)]
+        larger = without(TRL_STORING, TRL_LABELLED)
+        races = [(SMALL, everyone, False), (SMALL, keeping, True), (LARGE, larger, False)]
     rounds = f"{options.repeats} steps of 8 corrections after {WARM_UP} others; median (lowest..highest)."
     publish(f"### One optimiser step\n\n{heading} {rounds}\n", options.append)
-    for shape, pythons, keeping in races:
-        publish(section(shape, pythons, options, keeping=keeping), options.append)
+    for shape, pythons, keeps in races:
+        publish(section(shape, pythons, options, keeping=keeps), options.append)
     publish(NOTE if options.trl else "TRL was left out: --trl was not given.\n", options.append)
 
 
