@@ -126,6 +126,9 @@ class _BehindHead(torch.autograd.Function):
 
     The gradients are computed together with the loss, while the logits of a chunk are there: none are kept
     for the backward pass or computed again in it.
+
+    PyTorch's ``linear_cross_entropy`` does so too, but computes in float32 under autocast (2.13), and from
+    bfloat16 inputs it gives a loss that is rounded to bfloat16.
     """
 
     @staticmethod
