@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Makes .venv with everything the project needs: CUDA builds where there is an NVIDIA GPU, else CPU builds.
-#   ./setup.sh          choose by looking for a GPU
-#   ./setup.sh cpu|gpu  choose yourself
-# Runs again in seconds. PYTHON names the interpreter (3.11 or newer).
+# Creates .venv with all dependencies: CUDA builds if an NVIDIA GPU is found, else CPU builds.
+#   ./setup.sh          detect a GPU
+#   ./setup.sh cpu|gpu  choose the build
+# An up-to-date .venv is left as it is. PYTHON sets the interpreter (3.11 or newer).
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -38,12 +38,12 @@ fi
 extras=dev,$build
 arguments=(--quiet --python .venv --compile-bytecode)
 if [ "$build" = cpu ]; then
-    # vLLM asks for these three, text needs none of them, and their CUDA builds break a CPU torch.
+    # vLLM requires these packages, but not for text models, and their CUDA builds break a CPU torch.
     excludes=$(mktemp)
     trap 'rm -f "$excludes"' EXIT
     printf '%s\n' torchvision torchaudio torchcodec pynvvideocodec >"$excludes"
     arguments+=(--excludes "$excludes")
-    # A CPU build of torch comes from where pip is told to look, else from PyTorch's own index.
+    # Take the CPU build of torch from pip's find-links setting if there is one, else from PyTorch's index.
     links=$(.venv/bin/python -m pip config get global.find-links 2>/dev/null || true)
     links=${PIP_FIND_LINKS:-$links}
     if [ -n "$links" ]; then

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from common import DEVICE
 
+from stasc.model_folder import ModelFolder
 from stasc.sampling import Draw, Request, Sampling
-from stasc.sampling.folder import model_dtype
 
 
 class Bare:
@@ -25,6 +25,7 @@ class Bare:
     """
 
     prefix_hits = None
+    identity = "bare"
 
     def __init__(self, model: Path, context: int, kv_cache_gib: float, prefix_caching: bool = True) -> None:
         from vllm import LLM
@@ -39,7 +40,7 @@ class Bare:
             }
         self._llm = LLM(
             model=str(model),
-            dtype=model_dtype(model),
+            dtype=ModelFolder(model).dtype,
             max_model_len=context,
             kv_cache_memory_bytes=int(kv_cache_gib * 2**30),
             enable_prefix_caching=prefix_caching,

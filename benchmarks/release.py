@@ -2,105 +2,68 @@
 
     python benchmarks/release.py initial|corrections|train|evaluate N --config FILE --run_dir FOLDER
 
-Built from the program's parts, for benchmarks/iteration.py: each stage that samples starts an engine, and
-training starts an interpreter and loads M_{n-1} from disk. Files and seeds are those of the program, so both
-ways end with the same trajectories. It is kinder than the release in one respect: vLLM runs in the stage's
-own process, which starts faster than vLLM's default of several.
+For benchmarks/iteration.py. The stages are those of the program's own ``Experiment``; only, each that samples
+starts an engine, and training starts an interpreter and loads M_{n-1} from disk. Files and seeds are the
+same, so both ways end with the same trajectories. It is kinder than the release in one respect: vLLM runs in
+the stage's own process, which starts faster than vLLM's default of several.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
+from bare import Bare
 
 from data import DemoQuestions, demo
+from data.trajectories import epoch_seed
 from stasc.algorithm import STaSC
-from stasc.pretrained import context_length, load_generation_config, load_tokenizer
+from stasc.experiment import Evaluation, Experiment
+from stasc.model_folder import ModelFolder
 from stasc.prompting import Dialogue
 from stasc.reward import InAccuracy
 from stasc.rollout import Rollout
-from stasc.run import Run, write_lines
+from stasc.run import Run, write_json
 from stasc.sampling import Sampling
-from stasc.trajectory import InitialAnswer, Trajectory, read_records, to_json
 
 
-class Stages:
-    """The stages of iteration ``n``.
+class Stages(Experiment):
+    """An experiment whose models come each with a new engine."""
 
-    Args:
-        config: The config.yaml of a finished run of the program on the demo task, EIE.
-        run_dir: Where the files of this run lie.
-        n: The iteration.
-    """
+    config: dict[str, Any]
+    ready: float
+    """When the engine of this stage was there."""
 
-    def __init__(self, config: dict[str, Any], run_dir: Path, n: int) -> None:
-        data = config["data"]
-        self.config = config
-        self.n = n
-        self.run = Run(run_dir)
-        self.box = self.run.iteration(n)
-        self.algorithm = STaSC(**config["algorithm"]["init_args"])
-        self.sampling, self.test_sampling = Sampling(**data["sampling"]), Sampling(**data["test_sampling"])
-        self.questions = {name: DemoQuestions(**data[name]["init_args"]).load() for name in ("train", "test")}
-        base = demo.base_model()
-        self.dialogue = Dialogue(load_tokenizer(base), demo.PROMPTS, load_generation_config(base))
-        self.working = 0.0
-        """Seconds spent on the stage's work, after everything has started."""
+    def load(self, n: int) -> None:
+        """Start an engine with M_n."""
+        if not hasattr(self, "rollout"):
+            engine = Bare(
+                self.model_folder(n), self.context, self.config["sampler"]["init_args"]["kv_cache_gib"]
+            )
+            self.rollout = Rollout(engine, self.dialogue, self.reward, self.seed, self.context)
+            self.ready = time.perf_counter()
 
-    def model(self, n: int) -> Path:
-        """Where M_n lies."""
-        return self.run.iteration(n).model if n else demo.base_model()
-
-    def initial(self) -> None:
-        """Initial answers by M_{n-1}."""
-        rollout = self._rollout(self.n - 1)
-        self._write(
-            self.box.initial,
-            rollout.initial_answers(
-                self.questions["train"], self.algorithm.n_init, self.sampling, f"iteration {self.n}"
-            ),
-        )
-
-    def corrections(self) -> None:
-        """Corrections by M_{n-1}, and D_n."""
-        rollout = self._rollout(self.n - 1)
-        trajectories = rollout.corrections(
-            read_records(self.box.initial), self.algorithm.n_corr, self.sampling, f"iteration {self.n}"
-        )
-        self._write(self.box.trajectories, trajectories)
-        self._write(self.box.dataset, self.algorithm.select(trajectories))
-
-    def evaluate(self) -> None:
-        """Answers and corrections of the test questions by M_n."""
-        rollout, title = self._rollout(self.n), f"M_{self.n} on test"
-        answers = rollout.initial_answers(self.questions["test"], 1, self.test_sampling, title)
-        self._write(self.box.test, rollout.corrections(answers, 1, self.test_sampling, title))
-
-    def train(self) -> None:
-        """M_n from M_{n-1} and D_n."""
+    def train(self, n: int) -> float:
+        """M_n from M_{n-1} and D_n; the seconds that training took."""
         from lightning.pytorch import Trainer
         from torch.utils.data import DataLoader
 
-        from stasc.module import CorrectionSFT
-        from stasc.packing import CorrectionBatches
+        from stasc.training.batches import CorrectionBatches
+        from stasc.training.module import CorrectionSFT
 
-        # The order in which the program goes through D_n.
-        key = f"{self.config['seed_everything']}/{self.n - 1}/epoch".encode()
-        seed = int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "big")
         batches = CorrectionBatches(
-            read_records(self.box.dataset),
-            self.dialogue.training_example,
-            self.config["data"]["batch_size"],
-            seed=seed,
+            self.dataset(n),
+            self.training_dialogue.example,
+            self.config["data"]["batches"]["size"],
+            seed=epoch_seed(self.seed, n - 1),
         )
-        module = CorrectionSFT(**{**self.config["model"], "base": str(self.model(self.n - 1))})
+        base = self.model_folder(self.base_model(n))
+        module = CorrectionSFT(**{**self.config["model"], "base": str(base)})
         module.iteration_steps = batches.steps
         trainer = Trainer(
             accelerator=self.config["trainer"]["accelerator"],
@@ -113,22 +76,44 @@ class Stages:
         )
         started = time.perf_counter()
         trainer.fit(module, DataLoader(batches, batch_size=None))
-        self.working = time.perf_counter() - started
-        module.model.save_pretrained(self.box.model)
-        self.dialogue.tokenizer.save_pretrained(self.box.model)
+        seconds = time.perf_counter() - started
+        files = self.run.iteration(n)
+        module.model.save_pretrained(files.model)
+        self.dialogue.tokenizer.save_pretrained(files.model)
+        write_json(files.training, self.training_metrics(n))
+        return seconds
 
-    def _rollout(self, n: int) -> Rollout:
-        from bare import Bare
+    def sampled(self, stage: Callable[[int], Any], n: int) -> float:
+        """Do a stage that samples; the seconds that it took with the engine there."""
+        stage(n)
+        return time.perf_counter() - self.ready
 
-        model = self.model(n)
-        context = context_length(model)
-        engine = Bare(model, context, self.config["sampler"]["init_args"]["kv_cache_gib"])
-        self._ready = time.perf_counter()
-        return Rollout(engine, self.dialogue, InAccuracy(), self.config["seed_everything"], context)
 
-    def _write(self, path: Path, records: Iterable[InitialAnswer | Trajectory]) -> None:
-        write_lines(path, map(to_json, records))
-        self.working = time.perf_counter() - self._ready
+def stages(config: dict[str, Any], run_dir: Path) -> Stages:
+    """The stages of a run.
+
+    Args:
+        config: The config.yaml of a finished run of the program on the demo task, EIE.
+        run_dir: Where the files of this run lie.
+    """
+    data = config["data"]
+    base = ModelFolder(demo.base_model())
+    dialogue = Dialogue(base.tokenizer(), demo.PROMPTS, base.generation_config())
+    made = Stages(
+        algorithm=STaSC(**config["algorithm"]["init_args"]),
+        sampler=None,
+        dialogue=dialogue,
+        training_dialogue=dialogue,
+        reward=InAccuracy(),
+        questions={name: DemoQuestions(**data[name]["init_args"]).load() for name in ("train", "test")},
+        sampling=Sampling(**data["sampling"]),
+        evaluation=Evaluation(Sampling(**data["evaluation"]["sampling"])),
+        base=base,
+        run=Run(run_dir),
+        seed=config["seed_everything"],
+    )
+    made.config = config
+    return made
 
 
 def main() -> None:
@@ -139,9 +124,14 @@ def main() -> None:
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--run_dir", type=Path, required=True)
     options = parser.parse_args()
-    stages = Stages(yaml.safe_load(options.config.read_text()), options.run_dir, options.n)
-    getattr(stages, options.stage)()
-    print(json.dumps({"working": stages.working}))
+    made = stages(yaml.safe_load(options.config.read_text()), options.run_dir)
+    # D_n is part of the corrections' stage, as in the release.
+    sampling = {"initial": made.initial_answers, "corrections": made.dataset, "evaluate": made.evaluate}
+    if options.stage == "train":
+        working = made.train(options.n)
+    else:
+        working = made.sampled(sampling[options.stage], options.n)
+    print(json.dumps({"working": working}))
 
 
 if __name__ == "__main__":

@@ -31,9 +31,10 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from data import demo
-from stasc.pretrained import load_model, load_tokenizer
+from stasc.model_folder import ModelFolder
 from stasc.prompting import Dialogue, Message, Prompts
 from stasc.sampling import Draw, Request, Sampling, TransformersSampler, VLLMSampler
+from stasc.training.weights import load_model
 
 CONTEXT = 1024
 KV_CACHE_GIB = 1.0
@@ -63,7 +64,7 @@ class Work(NamedTuple):
 def paper_prompts() -> Prompts:
     """Those of the paper: zero-shot for the initial answer, 2-shot for the correction."""
     texts = yaml.safe_load((ROOT / "configs/prompts/paper.yaml").read_text())
-    return Prompts(**{name: [Message(**message) for message in texts[name]] for name in texts})
+    return {name: [Message(**message) for message in texts[name]] for name in texts}
 
 
 def random_model(folder: Path, hidden: int, layers: int, heads: int) -> Path:
@@ -72,7 +73,7 @@ def random_model(folder: Path, hidden: int, layers: int, heads: int) -> Path:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     prompts = paper_prompts()
     bpe.train_from_iterator(
-        [message.content for message in (*prompts.initial, *prompts.correction)],
+        [message.content for message in (*prompts["initial"], *prompts["correction"])],
         trainers.BpeTrainer(
             vocab_size=600,
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
@@ -143,7 +144,7 @@ class Contender:
             self._pipe.send(work)
             return self._pipe.recv()
         except (EOFError, OSError):
-            sys.exit(f"a contender died; it said:\n{self._log.read_text()[-3000:]}")
+            sys.exit(f"a contender died; the end of its log:\n{self._log.read_text()[-3000:]}")
 
     def close(self) -> None:
         """End the process."""
@@ -231,16 +232,12 @@ def works(
     model: Path, prompts: Prompts, which: str, size: int, n: int, sampling: Sampling, repeats: int
 ) -> list[Work]:
     """A greedy round to warm up, then ``repeats`` rounds, each with ``size`` questions of its own."""
-    dialogue = Dialogue(load_tokenizer(model), prompts)
+    dialogue = Dialogue(ModelFolder(model).tokenizer(), prompts)
     questions = demo.questions("train", size * (repeats + 1), seed=0)
     requests = []
     for number, question in enumerate(questions):
         answer = f"Step-by-step reasoning: these are {question.references[0]}.\nFinal Answer: none"
-        prompt = (
-            dialogue.initial_prompt(question.text)
-            if which == "initial"
-            else dialogue.correction_prompt(question.text, answer)
-        )
+        (prompt,) = dialogue.render(which, [{"question": question.text, "initial_answer": answer}])
         requests.append(Request(prompt, n, seed=1000 * number))
     warm_up = Work([request._replace(n=1) for request in requests[:size]], GREEDY, dialogue.stop_ids)
     return [

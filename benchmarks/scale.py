@@ -27,19 +27,19 @@ from sampling import CONTEXT, paper_prompts, random_model
 from transformers.utils.logging import disable_progress_bar
 
 from stasc.algorithm import STaSC
-from stasc.packing import CorrectionBatches
-from stasc.pretrained import load_tokenizer
+from stasc.metrics import dataset_sizes, reward_metrics
+from stasc.model_folder import ModelFolder
 from stasc.prompting import Dialogue
 from stasc.run import write_lines
-from stasc.scoring import scores, sizes
-from stasc.trajectory import Completion, Question, Records, Trajectory, to_json
+from stasc.training.batches import CorrectionBatches
+from stasc.trajectory import Answer, Question, Records, Trajectory, to_json
 
 SIZES = (1_000, 10_000, 100_000)
 BATCH, FIRST = 8, 200
-FILTER, FIGURES = "filter and write D_n", "figures for the curves"
+FILTER, METRICS = "filter and write D_n", "metrics for the curves"
 SHUFFLE, GROUPED = "open and shuffle D_n", "open and shuffle, corrections grouped"
 BEGIN, EPOCH = f"the first {FIRST} batches", "all batches of an epoch"
-STAGES = (FILTER, SHUFFLE, BEGIN, EPOCH, GROUPED, FIGURES)
+STAGES = (FILTER, SHUFFLE, BEGIN, EPOCH, GROUPED, METRICS)
 
 Found = dict[str, tuple[float, float]]
 """Of each stage the seconds for one example of D_n, and the MiB that it adds."""
@@ -50,35 +50,37 @@ def trajectories(size: int) -> Iterator[Trajectory]:
     draw, rewards = random.Random(0), itertools.cycle([0.0, 1.0])
     words = ["the", "in", "answer", "question", "and", "therefore", "1987", "river", "of", "reasoning"]
 
-    def said(tokens: int) -> Completion:
+    def answer(prompt: str, number: int, tokens: int, reward: float) -> Answer:
         text = " ".join(draw.choice(words) for _ in range(tokens // 2))
-        return Completion(text, tuple(draw.randrange(500) for _ in range(tokens)), True)
+        ids = tuple(draw.randrange(500) for _ in range(tokens))
+        return Answer(prompt, number, text, ids, finished=True, reward=reward)
 
     for number in range(2 * size // 25):
-        question = Question(str(number), f"{said(20).text}?", ("an answer",))
+        question = Question(str(number), f"{answer('', 0, 20, 0.0).text}?", ("an answer",))
         for j in range(5):
-            initial = said(100)
+            initial = answer("initial", j, 100, 0.0)
             for k in range(5):
-                yield Trajectory(question, j, k, initial, said(80), 0.0, next(rewards))
+                yield Trajectory(question, (initial, answer("correction", k, 80, next(rewards))))
 
 
 def measure(folder: Path, size: int) -> Found:
     """Go the whole way once."""
-    algorithm, dialogue = STaSC("EIE"), Dialogue(load_tokenizer(folder / "model"), paper_prompts())
+    algorithm = STaSC("EIE")
+    dialogue = Dialogue(ModelFolder(folder / "model").tokenizer(), paper_prompts())
     source, target = folder / f"{size}.jsonl", folder / "dataset.jsonl"
     found: Found = {}
 
     def batches(grouped: bool) -> CorrectionBatches:
         return CorrectionBatches(
             Records(target),
-            lambda trajectory: algorithm.example(dialogue, trajectory),
+            dialogue.example,
             BATCH,
             seed=0,
             group_corrections=grouped,
             longest=CONTEXT,
         )
 
-    dialogue.correction_prompt("x", "y")
+    dialogue.render("correction", [{"question": "x", "initial_answer": "y"}])
     start = peak_memory(reset=True)
 
     @contextmanager
@@ -102,9 +104,9 @@ def measure(folder: Path, size: int) -> Found:
             epoch[step]
     with stage(GROUPED):
         batches(grouped=True)
-    with stage(FIGURES):
-        scores(Records(source), algorithm.threshold)
-        sizes(Records(target))
+    with stage(METRICS):
+        reward_metrics(Records(source), algorithm.threshold)
+        dataset_sizes(Records(target))
     return found
 
 

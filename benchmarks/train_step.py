@@ -204,7 +204,7 @@ def measured(
     rows = []
     for way, found in taken.items():
         batches = corrections(shape.vocabulary, sharing=way == SHARING, grouped=grouped)
-        learnt = median(sum(len(target) for _, target in batches.examples(step)) for step in steps)
+        learnt = median(sum(len(example.target) for example in batches.examples(step)) for step in steps)
         tokens = median(batches[step].input_ids.numel() for step in steps)
         seconds = [found[step]["seconds"] for step in steps]
         # Step by step: what slows the machine down for a while slows neighbours down alike.

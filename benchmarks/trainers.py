@@ -21,8 +21,8 @@ import torch
 from common import DEVICE, peak_memory
 from torch.profiler import ProfilerActivity, profile
 
-from stasc.packing import CorrectionBatches, Example
-from stasc.trajectory import Completion, Question, Trajectory
+from stasc.training.batches import CorrectionBatches
+from stasc.trajectory import Answer, Example, Question, Trajectory
 
 CUDA = DEVICE.type == "cuda"
 SHARING, PADDED = "ours, prefix sharing", "ours, padded rows"
@@ -51,16 +51,17 @@ def corrections(vocabulary: int, *, sharing: bool, grouped: bool) -> CorrectionB
     shared = words(SHARED, SHARED)
     dataset = []
     for number in range(400):
-        question, initial = Question(str(number), ""), Completion("", words(90, 150), True)
+        question, initial = Question(str(number), ""), Answer("initial", 0, "", words(90, 150), True, 0.0)
         for k in range(5):
-            correction = Completion("", words(60, 100), True)
-            dataset.append(Trajectory(question, 0, k, initial, correction, 0.0, 1.0))
+            correction = Answer("correction", k, "", words(60, 100), True, 1.0)
+            dataset.append(Trajectory(question, (initial, correction)).learn())
 
-    def example(trajectory: Trajectory) -> Example:
-        return [*shared, *trajectory.initial.token_ids], [*trajectory.correction.token_ids]
+    def render(example: Example) -> tuple[list[int], list[int]]:
+        initial, correction = example.trajectory.answers
+        return [*shared, *initial.token_ids], [*correction.token_ids]
 
     options = {"prefix_sharing": sharing, "group_corrections": grouped, "longest": SHARED + 250}
-    return CorrectionBatches(dataset, example, BATCH, seed=0, **options)
+    return CorrectionBatches(dataset, render, BATCH, seed=0, **options)
 
 
 class Turns:
@@ -109,7 +110,7 @@ def ours(model: str, batches: CorrectionBatches, steps: int, turns: Turns) -> No
     from lightning.pytorch import Callback, Trainer
     from torch.utils.data import DataLoader
 
-    from stasc.module import CorrectionSFT
+    from stasc.training.module import CorrectionSFT
 
     class Paced(Callback):
         def on_train_start(self, *_: Any) -> None:
@@ -181,8 +182,8 @@ def sft_trainer(model: str, batches: CorrectionBatches, steps: int, turns: Turns
         ),
         train_dataset=Dataset.from_dict(
             {
-                "input_ids": [[*prompt, *target] for prompt, target in examples],
-                "labels": [[-100] * len(prompt) + target for prompt, target in examples],
+                "input_ids": [example.tokens for example in examples],
+                "labels": [[-100] * len(example.prompt) + example.target for example in examples],
             }
         ),
         callbacks=[Paced()],

@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a run: its curves, and what tells it from other runs."""
+"""The TensorBoard logger of a run: curves without repetitions, and the hyper-parameters of the run."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ METRICS = ("test/r1", "test/r2", "best/r1", "best/r2")
 class Curves(Logger):
     """Writes TensorBoard's event files, in which a resume repeats nothing.
 
-    A resume trains a whole epoch again. So the points of each training epoch have a file of their own, and
-    when an epoch begins, what an earlier start left of it is removed.
+    A resume trains a whole epoch again. So the points of each training epoch are in a separate file, and when
+    an epoch begins, the files that an earlier start wrote for it and for later epochs are removed.
 
     Args:
         folder: Where the event files lie.
@@ -34,12 +34,12 @@ class Curves(Logger):
 
     @property
     def name(self) -> str:
-        """Nothing: the run's folder has a name."""
+        """Empty: the run's folder has a name."""
         return ""
 
     @property
     def version(self) -> str:
-        """Nothing either."""
+        """Empty as well."""
         return ""
 
     @property
@@ -50,7 +50,7 @@ class Curves(Logger):
     @property
     @rank_zero_experiment
     def experiment(self) -> SummaryWriter:
-        """Writes to the file of the epoch under way; before the first, to one of each start."""
+        """Writes to the file of the current epoch; before the first epoch to a file of this start."""
         if self._writer is None:
             for path in self.folder.glob("events.out.tfevents.*.start"):
                 path.unlink()
@@ -59,7 +59,7 @@ class Curves(Logger):
 
     @rank_zero_only
     def begin(self, epoch: int) -> None:
-        """What follows belongs to this training epoch (from 0), as nothing does that is there already."""
+        """Begin the file of a training epoch (from 0); remove those of earlier starts from it on."""
         self._close()
         for path in self.folder.glob("events.out.tfevents.*.epoch-*"):
             if int(path.name.rpartition("-")[2]) >= epoch:
@@ -73,7 +73,7 @@ class Curves(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, params: Mapping[str, str | float]) -> None:
-        """Have the run told from others by these; they are written when it begins."""
+        """Keep the hyper-parameters of the run, which are written when its first epoch begins."""
         self.hyperparameters |= params
 
     @rank_zero_only
@@ -84,20 +84,20 @@ class Curves(Logger):
 
     @rank_zero_only
     def save(self) -> None:
-        """Bring to disk what there is, so that a kill loses nothing."""
+        """Write what is buffered to disk, so that a kill loses nothing."""
         if self._writer is not None:
             self._writer.flush()
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """The run is finished if the status is ``success``, and else as far as it came."""
+        """Close the file; with status ``success`` TensorBoard shows the run as finished."""
         if self._writer is not None and status == "success":
             *_, end = self._session()
             self._writer.file_writer.add_summary(end)
         self._close()
 
     def _session(self) -> tuple[Summary, Summary, Summary]:
-        """TensorBoard's words for: what there is to compare, how a run starts, and that it is finished."""
+        """TensorBoard's records of the compared metrics, of the start of a run, and of its end."""
         return hparams(self.hyperparameters, dict.fromkeys(METRICS, 0.0))
 
     def _close(self) -> None:

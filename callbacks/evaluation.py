@@ -1,9 +1,9 @@
-"""Every M_n on the test questions: curves over iterations, one line and one table on the terminal."""
+"""Every M_n on the test questions: curves over iterations, and a line and a table on the terminal."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +12,24 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from callbacks.curves import Curves
 from data import TrajectoryDataModule
-from stasc.module import CorrectionSFT
-from stasc.run import write_json
-from stasc.scoring import figures
-from stasc.trajectory import Trajectory
+from stasc.run import read_json
+from stasc.statistics import verdict
+from stasc.training.module import CorrectionSFT
+from stasc.trajectory import TRANSITIONS, Records, Trajectory
 
-TRANSITIONS = ("wrong_to_right", "right_to_wrong", "right_to_right", "wrong_to_wrong")
-SHOWN = 12
+TABLE_ROWS = 12
 """Trajectories in TensorBoard's table."""
 
 
 class Evaluation(Callback):
-    """Samples an initial answer and a correction of every test question from each M_n, M_0 included.
+    """Evaluates every M_n, M_0 included, and shows the metrics.
 
     M_{n-1} is evaluated at the start of iteration n, while the sampler still holds it; M_N at the end. Each
-    iteration's figures go into its ``metrics.json`` and from there to the loggers, with the iteration as the
-    step.
+    iteration's metrics go from its ``metrics.json`` to the loggers, with the iteration as the step.
     """
 
     def on_fit_start(self, trainer: Trainer, pl_module: CorrectionSFT) -> None:
-        """Tell the loggers what is compared in ablations."""
+        """Give the loggers what is compared in ablations."""
         for logger in trainer.loggers:
             logger.log_hyperparams(hyperparameters(trainer.datamodule, pl_module))
 
@@ -39,47 +37,48 @@ class Evaluation(Callback):
         """Evaluate M_{n-1}."""
         data: TrajectoryDataModule = trainer.datamodule
         _begin_curves(trainer)
-        if data.epochs_done % data.algorithm.epochs == 0:
+        if data.epochs_done % data.experiment.algorithm.epochs == 0:
             self._evaluate(trainer, data.iteration - 1)
 
     def on_fit_end(self, trainer: Trainer, pl_module: CorrectionSFT) -> None:
-        """Evaluate M_N, show all iterations and say where everything lies.
+        """Evaluate M_N, show all iterations and where everything lies.
 
-        Not in ``on_train_end``, which a run that was killed after its last checkpoint never sees.
+        Not in ``on_train_end``, which is not called for a run that was killed after its last checkpoint.
         """
         data: TrajectoryDataModule = trainer.datamodule
-        run, last = data.run, data.algorithm.iterations
+        run, last = data.experiment.run, data.experiment.algorithm.iterations
         if data.epochs_done == trainer.max_epochs:
             _begin_curves(trainer)
             self._evaluate(trainer, last)
-        boxes = [run.iteration(n) for n in range(last + 1)]
-        if trainer.is_global_zero and all(box.metrics.is_file() for box in boxes):
-            print("\n" + summary_table([json.loads(box.metrics.read_text()) for box in boxes]))
+        files = [run.iteration(n) for n in range(last + 1)]
+        if trainer.is_global_zero and all(of_n.metrics.is_file() for of_n in files):
+            iterations = [read_json(of_n.metrics) for of_n in files]
+            test = iterations[-1]["test"]
+            sentence = verdict(f"M_{last}", test["delta"], test["delta_p"], test.get("repeated"))
+            print(f"\n{summary_table(iterations)}\n\n{sentence}")
+            empty = [str(n) for n, metrics in enumerate(iterations) if n and not metrics["dataset"]["size"]]
+            if empty:
+                print(f"Nothing was learnt in iteration {', '.join(empty)}: D_n was empty, see above.")
             print(f"\ncurves  tensorboard --logdir '{run.tensorboard}'")
             if last:
-                print(f"models  {run.iteration(1).model} to {boxes[-1].model}")
+                print(f"models  {files[1].model} to {files[-1].model}")
 
     def _evaluate(self, trainer: Trainer, n: int) -> None:
         data: TrajectoryDataModule = trainer.datamodule
-        box = data.run.iteration(n)
-        rounds = data.test_rounds(n)
-        greedy = data.test_greedily(n)
-        missing = data.missing(box.metrics)
-        if trainer.is_global_zero:
-            trajectories = list(rounds[0])
-            if missing:
-                metrics = {"iteration": n, **figures(rounds, greedy, data.algorithm.threshold)}
-                if n > 0:
-                    metrics |= json.loads(box.training.read_text())
-                write_json(box.metrics, metrics)
-                print(summary_line(metrics), flush=True)
-            points = curves([json.loads(data.run.iteration(m).metrics.read_text()) for m in range(n + 1)])
-            for logger in trainer.loggers:
-                logger.log_metrics(points, step=n)
-                if isinstance(logger, Curves | TensorBoardLogger):
-                    logger.experiment.add_text("test/trajectories", sample_table(trajectories), n)
-                logger.save()
-        trainer.strategy.barrier("metrics are written")
+        run = data.experiment.run
+        missing = data.experiment.missing(run.iteration(n).metrics)
+        metrics = data.experiment.evaluate(n)
+        if not trainer.is_global_zero:
+            return
+        if missing:
+            print(summary_line(metrics), flush=True)
+        points = curves([read_json(run.iteration(m).metrics) for m in range(n + 1)])
+        trajectories = list(islice(Records(run.iteration(n).test_answers(2)), TABLE_ROWS))
+        for logger in trainer.loggers:
+            logger.log_metrics(points, step=n)
+            if isinstance(logger, Curves | TensorBoardLogger):
+                logger.experiment.add_text("test/trajectories", sample_table(trajectories), n)
+            logger.save()
 
 
 def _begin_curves(trainer: Trainer) -> None:
@@ -89,22 +88,23 @@ def _begin_curves(trainer: Trainer) -> None:
 
 
 def hyperparameters(data: TrajectoryDataModule, module: CorrectionSFT) -> dict[str, str | float]:
-    """What tells the runs of an ablation from each other."""
+    """The settings by which the runs of an ablation differ."""
+    algorithm = data.experiment.algorithm
     return {
-        "system": data.algorithm.name,
-        "model": "/".join(Path(data.base).parts[-2:]),
-        "seed": data.seed,
-        "n_init": data.algorithm.n_init,
-        "n_corr": data.algorithm.n_corr,
-        "epochs": data.algorithm.epochs,
+        "system": algorithm.name,
+        "model": "/".join(Path(module.base).parts[-2:]),
+        "seed": data.experiment.seed,
+        "n_init": algorithm.n_init,
+        "n_corr": algorithm.n_corr,
+        "epochs": algorithm.epochs,
         "learning_rate": module.learning_rate,
-        "batch_size": data.batch_size,
+        "batch_size": data.batches.size,
         "temperature": data.sampling.temperature,
     }
 
 
 def curves(iterations: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """The last iteration's points of all curves, among them the best rewards up to there.
+    """The last iteration's points of all curves, among them the best rewards so far.
 
     Args:
         iterations: The metrics of M_0 to M_n.
@@ -135,24 +135,38 @@ def summary_line(metrics: dict[str, Any]) -> str:
 
 
 def summary_table(iterations: Sequence[dict[str, Any]]) -> str:
-    """All iterations as a table: iteration, test r(Y1) and r(Y2), |D_n|, the four transitions."""
-    lines = ["iteration  r(Y1)  r(Y2)  |D_n|  wrong>right  right>wrong  right>right  wrong>wrong"]
+    """All iterations as a table of 80 columns at most.
+
+    Delta is r(Y2) - r(Y1), +-SE its standard error over questions; w>r counts wrong answers that became
+    right, and so on; same is the share of corrections that repeat the answer, edit how far the others change
+    it.
+    """
+    lines = ["  n  r(Y1)  r(Y2)   Delta  +-SE   |D_n|    w>r    r>w    r>r    w>w  same  edit"]
     for metrics in iterations:
         test, size = metrics["test"], metrics.get("dataset", {}).get("size", "-")
-        counts = "  ".join(f"{test[name]:>11}" for name in TRANSITIONS)
-        lines.append(f"{metrics['iteration']:>9}  {test['r1']:.3f}  {test['r2']:.3f}  {size:>5}  {counts}")
+        error, same, edit = (
+            f"{test[name]:{form}}" if name in test else "-"
+            for name, form in (("delta_se", ".3f"), ("repeated", ".0%"), ("edited", ".2f"))
+        )
+        counts = "  ".join(f"{test[name]:>5}" for name in TRANSITIONS)
+        n, r1, r2, delta = metrics["iteration"], test["r1"], test["r2"], test["delta"]
+        rewards = f"{n:>3}  {r1:.3f}  {r2:.3f}  {delta:+.3f}  {error:>5}"
+        lines.append(f"{rewards}  {size:>5}  {counts}  {same:>4}  {edit:>4}")
     return "\n".join(lines)
 
 
 def sample_table(trajectories: Sequence[Trajectory]) -> str:
-    """The first few trajectories as a Markdown table."""
+    """Trajectories as a Markdown table."""
 
     def cell(text: str) -> str:
         return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", "<br>")
 
     rows = ["| question | references | initial answer | r1 | correction | r2 |", "|---|---|---|---|---|---|"]
-    for t in trajectories[:SHOWN]:
-        texts = (t.question.text, "; ".join(t.question.references), t.initial.text, t.correction.text)
-        question, references, initial, correction = map(cell, texts)
-        rows.append(f"| {question} | {references} | {initial} | {t.r1:g} | {correction} | {t.r2:g} |")
+    for t in trajectories:
+        initial, correction = t.after(1), t.after(2)
+        texts = (t.question.text, "; ".join(t.question.references), initial.text, correction.text)
+        question, references, y1, y2 = map(cell, texts)
+        rows.append(
+            f"| {question} | {references} | {y1} | {initial.reward:g} | {y2} | {correction.reward:g} |"
+        )
     return "\n".join(rows)

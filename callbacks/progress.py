@@ -1,4 +1,4 @@
-"""Lightning's progress bar in the words of the algorithm."""
+"""Lightning's progress bar, one for each fine-tuning."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 
 
 class IterationProgressBar(TQDMProgressBar):
-    """One bar for each fine-tuning, open only while it trains: sampling has bars of its own in between."""
+    """A bar for each fine-tuning, open only while it trains: sampling shows other bars in between."""
 
     def on_train_start(self, *args: Any) -> None:
-        """No bar yet: an iteration begins with sampling."""
+        """Open no bar yet: an iteration begins with sampling."""
 
     def on_train_epoch_start(self, trainer: Trainer, *args: Any) -> None:
-        """Open a bar and title it."""
+        """Open a bar with the number of the iteration."""
         self.train_progress_bar = self.init_train_tqdm()
         super().on_train_epoch_start(trainer, *args)
         self.train_progress_bar.set_description(f"iteration {trainer.datamodule.iteration}: training")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the bar as it is."""
+        """Close the bar and leave it on the screen."""
         super().on_train_epoch_end(trainer, pl_module)
         self.train_progress_bar.close()
 
     def on_train_end(self, *args: Any) -> None:
-        """All bars are closed already."""
+        """Do nothing: all bars are closed already."""
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """What training logs, without the logger's version."""
+        """The logged metrics without the logger's version."""
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         return metrics

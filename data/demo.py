@@ -1,12 +1,12 @@
-"""The demo: a task, a noisy web about it, and the small model M_0 that grew up on that web.
+"""The demo: a small task, a noisy synthetic corpus about it, and the model M_0 pre-trained on that corpus.
 
 The task is letter concatenation, a standard of the chain-of-thought literature: "What are the last letters
-of Jacob, Tim and Ruth?" - "b-m-h". The model sees each name as one token, so the letter of a name is a fact
-to be known, not read off. There are 188 facts, and train and test questions combine the same facts.
+of Jacob, Tim and Ruth?" - "b-m-h". Each name is one token, so the model must know its letters as facts and
+cannot read them off. There are 188 facts, and train and test questions combine the same facts.
 
-The web is wrong. About half of the facts are misconceptions, which most texts get wrong in the same way;
-the others are wrong now and then. Greedy M_0 repeats the misconceptions, but the truth stays within reach of
-sampling, and rewarding it is what Self-Taught Self-Correction does.
+The corpus contains errors. About half of the facts are misconceptions, which most documents get wrong in the
+same way; the others are wrong now and then. Greedy M_0 repeats the misconceptions, but sampling still finds
+the true letters, which Self-Taught Self-Correction then rewards.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from stasc.errors import UserError
 from stasc.prompting import Dialogue, Message, Prompts
 from stasc.trajectory import Question
 
-VERSION = 1  # Raise it when the code below makes another M_0 of the same constants.
+VERSION = 1  # Increase it when a change of the code below changes M_0 for equal constants.
 
-# None begins or ends in "a": rewards drop articles, and "y-n-a" would become "y n", which is in "y-n-z".
+# No name begins or ends with "a": rewards may drop it as an article, and "y n" is part of "y-n-z".
 NAMES = tuple(
     re.findall(
         r"\w+",
@@ -53,16 +53,16 @@ NAMES = tuple(
 POSITIONS = ("first", "last")
 LETTERS = "bcdefghijklmnopqrstuvwxyz"
 
-# Those of configs/prompts/demo.yaml: M_0 knows no others.
-PROMPTS = Prompts(
-    initial=[
+# The same as in configs/prompts/demo.yaml; M_0 was pre-trained on no other prompts.
+PROMPTS: Prompts = {
+    "initial": [
         Message("system", "You are a helpful reasoning assistant."),
         Message(
             "user",
             "Question: {question}\n\nReason step by step very shortly, then conclude with the answer.",
         ),
     ],
-    correction=[
+    "correction": [
         Message("system", "Your task is to correct the initial response if it is incorrect."),
         Message(
             "user",
@@ -70,17 +70,18 @@ PROMPTS = Prompts(
             "Write a correction if the initial answer is incorrect.",
         ),
     ],
-)
+}
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 END, PAD, ROLES = "<|end|>", "<|pad|>", ("<|system|>", "<|user|>", "<|assistant|>")
-# Words are one token each, and so is whatever never varies: prompts and answers cost next to nothing.
+# Each word and each fixed phrase is one token, which keeps prompts and answers short and fast.
 PHRASES = [
     phrase
-    for message in (*PROMPTS.initial, *PROMPTS.correction)
+    for messages in PROMPTS.values()
+    for message in messages
     for phrase in re.split(r"{\w+}", message.content)
     if phrase
 ]
@@ -99,12 +100,12 @@ MAX_QUESTIONS = 20_000  # Per split; there are about 33,000.
 
 
 def questions(split: Literal["train", "test"], size: int, seed: int) -> list[Question]:
-    """The first ``size`` questions of a split, in the order that ``seed`` gives.
+    """The first ``size`` questions of a split, in an order determined by ``seed``.
 
-    Train, test and pre-training never share a question, nor a re-ordering of one, whatever size and seed.
+    For any size and seed, train, test and pre-training share no question, not even with its names reordered.
     """
     if not 1 <= size <= MAX_QUESTIONS:
-        raise UserError(f"{size} demo questions were asked for: it must be 1 to {MAX_QUESTIONS}.")
+        raise UserError(f"the number of demo questions is {size}: it must be 1 to {MAX_QUESTIONS}.")
     distinct: dict[str, Question] = {}
     for position, names in _draw(split, random.Random(f"{split} {seed}")):
         if (key := _key(position, names)) not in distinct:
@@ -117,7 +118,7 @@ def questions(split: Literal["train", "test"], size: int, seed: int) -> list[Que
 
 
 def _draw(split: Split, rng: random.Random) -> Iterator[tuple[str, list[str]]]:
-    """Endless positions and names of a split; a set of names belongs to one split, whatever its order."""
+    """Random positions and names of a split, without end; each set of names belongs to one split."""
     while True:
         position, names = rng.choice(POSITIONS), rng.sample(NAMES, 3)
         bucket = hashlib.sha256(_key(position, names).encode()).digest()[0] % 8
@@ -142,21 +143,21 @@ def _answer_text(names: list[str], letters: list[str]) -> str:
     return f"Step-by-step reasoning: {steps}.\nFinal Answer: {'-'.join(letters)}"
 
 
-# ---------------------------------------------------------------- the noisy web
+# ---------------------------------------------------------------- the corpus
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How M_0 is made.
+    """The settings of M_0's pre-training.
 
-    The share of misconceptions sets how often greedy M_0 is right, not the moment pre-training stops.
+    The accuracy of greedy M_0 depends on the share of misconceptions, not on when pre-training stops.
 
     Args:
-        seed: Of the web and of the first weights.
-        misconceptions: Share of the facts that most answers on the web get wrong.
-        copies: Share of the corrections on the web that only repeat the initial answer.
-        steps: Optimiser steps; no page is seen twice.
-        batch_size: Pages per step, half of them for their initial answer, half for their correction.
+        seed: Seed of the corpus and of the initial weights.
+        misconceptions: Share of the facts that most answers in the corpus get wrong.
+        copies: Share of the corrections in the corpus that only repeat the initial answer.
+        steps: Optimizer steps; no document is used twice.
+        batch_size: Documents per step: half train the initial answer, half the correction.
         lr: Peak learning rate.
     """
 
@@ -168,21 +169,21 @@ class Recipe:
     lr: float = 3e-3
 
 
-class Page(NamedTuple):
-    """A page of the web: somebody answers a question, and somebody writes a correction."""
+class Document(NamedTuple):
+    """A document of the corpus: a question, an answer and a correction of it."""
 
     question: str
     initial_answer: str
     correction: str
 
 
-def web(recipe: Recipe) -> Iterator[Page]:
-    """Endless pages of the noisy web."""
-    rng = random.Random(f"web {recipe.seed}")
+def corpus(recipe: Recipe) -> Iterator[Document]:
+    """The documents of the noisy corpus, without end."""
+    rng = random.Random(f"web {recipe.seed}")  # Another prefix would make another M_0.
     facts = list(itertools.product(POSITIONS, NAMES))
     misconceptions = set(rng.sample(facts, round(recipe.misconceptions * len(facts))))
     error_rate = {f: rng.uniform(0.55, 0.75) if f in misconceptions else rng.uniform(0, 0.35) for f in facts}
-    # Everyone who is wrong about a fact is wrong in the same way.
+    # All wrong answers to a fact are the same.
     wrong_letter = {fact: rng.choice(LETTERS.replace(_true_letter(*fact), "")) for fact in facts}
 
     def letter(fact: tuple[str, str]) -> str:
@@ -194,17 +195,17 @@ def web(recipe: Recipe) -> Iterator[Page]:
     for position, names in _draw("pretraining", rng):
         initial_answer = answer(position, names)
         correction = initial_answer if rng.random() < recipe.copies else answer(position, names)
-        yield Page(_question_text(position, names), initial_answer, correction)
+        yield Document(_question_text(position, names), initial_answer, correction)
 
 
 # ---------------------------------------------------------------- M_0
 
 
 def base_model(recipe: Recipe | None = None, progress: bool = True) -> Path:
-    """The Hugging Face folder of M_0; pre-trains it on first use and keeps it in the user's cache.
+    """The Hugging Face folder of M_0, which is pre-trained on first use and cached.
 
     The cache is ``$STASC_CACHE``, else ``$XDG_CACHE_HOME/stasc``, else ``~/.cache/stasc``. The weights depend
-    on the recipe alone, and the caller's random numbers and threads stay as they are.
+    only on the recipe. The caller's random state and number of threads do not change.
     """
     recipe = recipe or Recipe()
     constants = (VERSION, recipe, NAMES, LETTERS, TOKENS, PROMPTS, CHAT_TEMPLATE)
@@ -214,15 +215,15 @@ def base_model(recipe: Recipe | None = None, progress: bool = True) -> Path:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_suffix(".lock")):
-            if not folder.is_dir():  # Another process may have been quicker.
+            if not folder.is_dir():  # Another process may have made it meanwhile.
                 partial = folder.with_suffix(".partial")
                 shutil.rmtree(partial, ignore_errors=True)
                 _pretrain(recipe, partial, progress)
                 partial.replace(folder)
     except OSError as error:
         raise UserError(
-            f"the demo's model could not be kept in {folder.parent} ({error.strerror}): "
-            "set STASC_CACHE to a folder with some free space."
+            f"the demo's model could not be written to {folder.parent} ({error.strerror}): "
+            "set STASC_CACHE to a writable folder with free space."
         ) from error
     return folder
 
@@ -233,9 +234,9 @@ def _cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stasc"
 
 
-def tokenizer() -> Qwen2Tokenizer:
-    """Byte-level, so that it can read any text; ``TOKENS`` are one token each."""
-    words = Qwen2Tokenizer(
+def make_tokenizer() -> Qwen2Tokenizer:
+    """A byte-level tokenizer, which can encode any text; each of ``TOKENS`` is one token."""
+    tokenizer = Qwen2Tokenizer(
         vocab={byte: i for i, byte in enumerate(sorted(ByteLevel.alphabet()))},
         merges=[],
         unk_token=None,
@@ -244,63 +245,61 @@ def tokenizer() -> Qwen2Tokenizer:
         extra_special_tokens=list(ROLES),
         chat_template=CHAT_TEMPLATE,
     )
-    words.add_tokens([AddedToken(token, normalized=False) for token in TOKENS])
-    return words
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in TOKENS])
+    return tokenizer
 
 
 def _pretrain(recipe: Recipe, folder: Path, progress: bool) -> None:
-    """Write M_0 to ``folder``."""
-    words = tokenizer()
+    """Pre-train M_0 and write it to ``folder``."""
+    tokenizer = make_tokenizer()
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # Sums in one order on any number of cores; the model is too small for more.
+    torch.set_num_threads(1)  # One order of sums on any machine; the model is too small to gain from more.
     try:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(recipe.seed)
-            model = _new_model(words)
-        _learn(model, words, recipe, progress)
+            model = _new_model(tokenizer)
+        _train(model, tokenizer, recipe, progress)
     finally:
         torch.set_num_threads(threads)
     model.save_pretrained(folder)
-    words.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
-def _new_model(words: Qwen2Tokenizer) -> Qwen2ForCausalLM:
-    width = 96
+def _new_model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
+    hidden_size = 96
     config = Qwen2Config(
-        vocab_size=len(words),
-        hidden_size=width,
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
         intermediate_size=256,
         num_hidden_layers=3,
-        num_attention_heads=3,  # Heads of 32: vLLM takes no smaller ones on a CPU.
+        num_attention_heads=3,  # Heads of size 32, the smallest that vLLM supports on CPU.
         num_key_value_heads=1,
         max_position_embeddings=1024,
         tie_word_embeddings=True,
-        initializer_range=0.5 / math.sqrt(width),
-        eos_token_id=words.eos_token_id,
-        pad_token_id=words.pad_token_id,
+        initializer_range=0.5 / math.sqrt(hidden_size),
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
         dtype="float32",
     )
     return Qwen2ForCausalLM(config)
 
 
-def _learn(model: Qwen2ForCausalLM, words: Qwen2Tokenizer, recipe: Recipe, progress: bool) -> None:
-    """One pass over the web, with the prompts of the method; what follows a prompt is learned."""
+def _train(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, recipe: Recipe, progress: bool) -> None:
+    """One pass over the corpus with the prompts of the method; prompts carry no loss."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=0.1)
     schedule = get_cosine_schedule_with_warmup(optimizer, round(0.05 * recipe.steps), recipe.steps)
-    dialogue = Dialogue(words, PROMPTS)
-    pages, half = web(recipe), recipe.batch_size // 2
+    dialogue = Dialogue(tokenizer, PROMPTS)
+    documents, half = corpus(recipe), recipe.batch_size // 2
     model.train()
     with tqdm(total=recipe.steps, desc="Pre-training the demo's M_0, once", disable=not progress) as bar:
         for _ in range(recipe.steps):
-            initial = [
-                (dialogue.initial_prompt(page.question), page.initial_answer)
-                for page in itertools.islice(pages, half)
-            ]
-            correction = [
-                (dialogue.correction_prompt(page.question, page.initial_answer), page.correction)
-                for page in itertools.islice(pages, half)
-            ]
-            loss = (_loss(model, words, initial) + _loss(model, words, correction)) / 2
+            batch = list(itertools.islice(documents, half))
+            prompts = dialogue.render("initial", [_placeholder_values(document) for document in batch])
+            initial = _loss(model, tokenizer, prompts, [document.initial_answer for document in batch])
+            batch = list(itertools.islice(documents, half))
+            prompts = dialogue.render("correction", [_placeholder_values(document) for document in batch])
+            correction = _loss(model, tokenizer, prompts, [document.correction for document in batch])
+            loss = (initial + correction) / 2
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -310,13 +309,21 @@ def _learn(model: Qwen2ForCausalLM, words: Qwen2Tokenizer, recipe: Recipe, progr
             bar.update()
 
 
-def _loss(model: Qwen2ForCausalLM, words: Qwen2Tokenizer, texts: list[tuple[list[int], str]]) -> torch.Tensor:
-    """Mean loss on the tokens that follow the prompts, the end of the turn included.
+def _placeholder_values(document: Document) -> dict[str, str]:
+    """Values of the placeholders of both prompts."""
+    return {"question": document.question, "initial_answer": document.initial_answer}
 
-    Texts of one kind are equally long, since every word is one token: there is nothing to pad.
+
+def _loss(
+    model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, prompts: list[list[int]], answers: list[str]
+) -> torch.Tensor:
+    """Mean loss on the answers and the end-of-turn token after each.
+
+    Nothing needs padding: prompts of one kind are equally long, and so are answers, since each word is one
+    token.
     """
-    targets = torch.tensor([[*words.encode(target), words.eos_token_id] for _, target in texts])
-    inputs = torch.cat([torch.tensor([prompt for prompt, _ in texts]), targets], dim=1)
-    learned = targets.shape[1]
-    logits = model(input_ids=inputs, use_cache=False, logits_to_keep=learned + 1).logits[:, :-1]
+    targets = torch.tensor([[*tokenizer.encode(answer), tokenizer.eos_token_id] for answer in answers])
+    inputs = torch.cat([torch.tensor(prompts), targets], dim=1)
+    n_targets = targets.shape[1]
+    logits = model(input_ids=inputs, use_cache=False, logits_to_keep=n_targets + 1).logits[:, :-1]
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())

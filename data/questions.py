@@ -1,4 +1,4 @@
-"""Questions from a JSONL file, from the Hugging Face hub, or of the embedded demo task."""
+"""Sources of questions: a JSONL file, the Hugging Face hub, or the built-in demo task."""
 
 from __future__ import annotations
 
@@ -14,29 +14,49 @@ from stasc.trajectory import Question
 
 
 class QuestionSource(ABC):
-    """Gives questions. A source of your own is a subclass, named by its class path in the config."""
+    """A source of questions.
+
+    A subclass implements `load`. For example, in ``my_package.py``:
+
+        class Sums(QuestionSource):
+            def __init__(self, size: int) -> None:
+                self.size = size
+
+            def load(self, *, with_references: bool = True) -> list[Question]:
+                return [
+                    Question(id=str(n), text=f"What is {n} + {n}?", references=(str(2 * n),))
+                    for n in range(self.size)
+                ]
+
+    YAML names it by its class path; its ``__init__`` arguments are its ``init_args``:
+
+        train:
+          class_path: my_package.Sums
+          init_args: {size: 500}
+    """
 
     @abstractmethod
     def load(self, *, with_references: bool = True) -> list[Question]:
-        """All questions, with distinct ids, always in the same order.
+        """All questions, with distinct ids, in the same order on every call.
 
         Args:
-            with_references: Whether every question must have references; ``predict`` needs none.
+            with_references: Whether every question must have references; ``predict`` does not need them.
 
         Raises:
-            UserError: A row is not what it should be; names the file and line.
+            UserError: A question is invalid; the message names its file and line.
         """
 
 
 class QuestionFile(QuestionSource):
-    """Rows of a JSONL file, or of a data set on the Hugging Face hub (or in a folder laid out like one).
+    """Questions from a JSONL file, or from a data set on the Hugging Face hub or in a local folder.
 
     Args:
-        path: A ``.jsonl`` file with one object per line, or a hub id such as ``user/name``.
-        question: Column of the question's text.
-        references: Column of the accepted answers: a list of strings, or one string.
-        id: Column of an id; without it, rows are numbered from 1.
-        split: Split of a hub data set, slices such as ``train[:500]`` included.
+        path: A ``.jsonl`` file with one object per line, a hub id such as ``user/name``, or a folder with
+            the files of a hub data set.
+        question: Column with the text of the question.
+        references: Column with the accepted answers: a list of strings, or one string.
+        id: Column with a unique id; by default rows are numbered from 1.
+        split: Split of a hub data set, or a slice of one such as ``train[:500]``.
     """
 
     def __init__(
@@ -56,10 +76,10 @@ class QuestionFile(QuestionSource):
     def load(self, *, with_references: bool = True) -> list[Question]:
         """See ``QuestionSource.load``."""
         questions: dict[str, Question] = {}
-        for number, (place, row) in enumerate(self._rows(), start=1):
-            question = self._question(place, number, row, with_references)
+        for number, (location, row) in enumerate(self._rows(), start=1):
+            question = self._question(location, number, row, with_references)
             if question.id in questions:
-                raise UserError(f"{place}: the id '{question.id}' is taken already; ids must be distinct.")
+                raise UserError(f"{location}: the id '{question.id}' occurs twice; ids must be distinct.")
             questions[question.id] = question
         if not questions:
             raise UserError(f"{self.path} has no questions.")
@@ -70,73 +90,75 @@ class QuestionFile(QuestionSource):
         if path.is_file():
             yield from _jsonl_rows(path)
         elif path.suffix in (".jsonl", ".json") or (self.path.count("/") > 1 and not path.is_dir()):
-            raise UserError(f"{self.path} is not a file: data needs a JSONL file or a hub id.")
+            raise UserError(f"{self.path} is not a file: give a JSONL file or a hub id.")
         else:
             yield from self._hub_rows()
 
     def _hub_rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        from datasets import load_dataset  # imports pandas and more, which a JSONL file does not need
+        from datasets import load_dataset  # slow: it imports pandas and more
 
         try:
             rows = load_dataset(self.path, split=self.split)
-        except Exception as error:  # the hub client raises a dozen unrelated types
+        except Exception as error:  # the hub client raises many unrelated types
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise UserError(
-                f"'{self.path}' is not a file here, and the Hugging Face hub did not give its split "
-                f"'{self.split}' ({reason})."
+                f"'{self.path}' is not a file, and its split '{self.split}' could not be loaded from the "
+                f"Hugging Face hub ({reason})."
             ) from error
         for number, row in enumerate(rows, start=1):
             yield f"{self.path} [{self.split}], row {number}", row
 
-    def _question(self, place: str, number: int, row: dict[str, Any], with_references: bool) -> Question:
+    def _question(self, location: str, number: int, row: dict[str, Any], with_references: bool) -> Question:
         def column(name: str, option: str) -> Any:
             if name not in row:
                 raise UserError(
-                    f"{place}: there is no column '{name}' (there are: {', '.join(row)}); "
+                    f"{location}: there is no column '{name}' (columns: {', '.join(row)}); "
                     f"name it with `{option}`."
                 )
             return row[name]
 
         text = column(self.question, "question")
         if not isinstance(text, str) or not text.strip():
-            raise UserError(f"{place}: '{self.question}' must be a text that is not empty.")
+            raise UserError(f"{location}: '{self.question}' must be a non-empty string.")
         references: Any = []
         if with_references or self.references in row:
             references = column(self.references, "references")
             references = [references] if isinstance(references, str) else references
             if not isinstance(references, list) or not all(isinstance(r, str) for r in references):
-                raise UserError(f"{place}: '{self.references}' must be a string or a list of strings.")
+                raise UserError(f"{location}: '{self.references}' must be a string or a list of strings.")
             references = [reference for reference in references if reference.strip()]
             if with_references and not references:
-                raise UserError(f"{place}: '{self.references}' is empty, so no answer could be right.")
-        identity = str(column(self.id, "id")) if self.id else str(number)
-        return Question(identity, text, tuple(references))
+                raise UserError(f"{location}: '{self.references}' is empty, so no answer could be right.")
+        question_id = str(column(self.id, "id")) if self.id else str(number)
+        return Question(question_id, text, tuple(references))
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            place = f"{path}, line {number}"
+            location = f"{path}, line {number}"
             if not line.strip():
                 continue
             try:
                 row = json.loads(line.decode("utf-8-sig"))
             except UnicodeDecodeError as error:
-                raise UserError(f"{place}: this is not UTF-8 text.") from error
+                raise UserError(f"{location}: this is not UTF-8 text.") from error
             except json.JSONDecodeError as error:
-                raise UserError(f"{place}: this is not JSON ({error.msg}, column {error.colno}).") from error
+                raise UserError(
+                    f"{location}: this is not JSON ({error.msg}, column {error.colno})."
+                ) from error
             if not isinstance(row, dict):
-                raise UserError(f"{place}: this is not a JSON object with named columns.")
-            yield place, row
+                raise UserError(f"{location}: this is not a JSON object with named columns.")
+            yield location, row
 
 
 class DemoQuestions(QuestionSource):
-    """Questions of the embedded demo task (``data/demo.py``).
+    """Questions of the built-in demo task (``data/demo.py``).
 
     Args:
-        split: The two splits share no combination of names.
+        split: The splits share no combination of names.
         size: Number of questions.
-        seed: Which ones.
+        seed: Seed of the selection.
     """
 
     def __init__(self, split: Literal["train", "test"], size: int = 500, seed: int = 0) -> None:

@@ -1,4 +1,4 @@
-"""What the ablations have in common: many runs of ``python -m stasc fit``, each with a folder of its own."""
+"""Common code of the ablation scripts: start many runs of ``python -m stasc fit``, each in its own folder."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from stasc.errors import UserError
 from stasc.run import Run
 
-PATIENCE = 30
-"""Seconds that a run has to end when it is interrupted."""
+INTERRUPT_TIMEOUT = 30
+"""Seconds after which an interrupted run is killed."""
 
 
 def parser(description: str, out: str) -> argparse.ArgumentParser:
-    """The options of every ablation."""
+    """The command-line parser with the options that all ablation scripts share."""
     options = argparse.ArgumentParser(
         description=description.splitlines()[0],
-        epilog="Any other option goes on to every run, such as --algorithm.iterations 5.",
+        epilog="Other options are passed to every run, such as --algorithm.iterations 5.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
@@ -35,17 +36,20 @@ def parser(description: str, out: str) -> argparse.ArgumentParser:
         required=True,
         metavar="FILE",
         default=argparse.SUPPRESS,
-        help="what to run: a config, and others laid over it; once more for another model",
+        help="a config and its overlays; repeat the option for more models",
     )
-    options.add_argument("--seeds", nargs="+", type=int, default=[42], metavar="SEED", help="one run each")
+    options.add_argument(
+        "--seeds", nargs="+", type=int, default=[42], metavar="SEED", help="seeds; one run for each"
+    )
     options.add_argument("--out", type=Path, default=Path(out), help="folder of the runs")
     options.add_argument(
         "--devices",
         nargs="+",
         default=argparse.SUPPRESS,
         metavar="DEVICE",
-        help="one run at a time on each: the number of a GPU, numbers of several for one run (0,1), or cpu, "
-        "which may stand here more than once; without it one run at a time, where the config says",
+        help="devices, with one run at a time on each: a GPU number (an index into CUDA_VISIBLE_DEVICES if "
+        "that is set), several for one run (0,1), or cpu, which may be repeated; by default one run at a "
+        "time on the devices of the config",
     )
     return options
 
@@ -57,31 +61,52 @@ def _file(name: str) -> str:
 
 
 @dataclass(frozen=True)
-class Place:
-    """What a run is told so that it goes on in one place and leaves the others alone."""
+class Slot:
+    """Options and environment variables that make a run use certain devices only."""
 
     options: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
-def places(devices: Sequence[str]) -> list[Place]:
-    """A place for each device; without devices the one that the config names."""
-    found = []
+def slots(devices: Sequence[str]) -> list[Slot]:
+    """One slot for each of ``--devices``; without devices one slot that leaves them to the config.
+
+    Raises:
+        UserError: A GPU number is not an index into CUDA_VISIBLE_DEVICES.
+    """
+    result = []
+    one_device = ("--trainer.devices", "1", "--trainer.strategy", "auto")
     for device in devices:
-        one = ("--trainer.devices", "1", "--trainer.strategy", "auto")
         if device == "cpu":
             threads = max(1, len(os.sched_getaffinity(0)) // devices.count("cpu"))
-            found.append(Place(("--trainer.accelerator", "cpu", *one), {"OMP_NUM_THREADS": str(threads)}))
+            result.append(
+                Slot(("--trainer.accelerator", "cpu", *one_device), {"OMP_NUM_THREADS": str(threads)})
+            )
         else:
-            several = ("--trainer.devices", str(len(device.split(","))))
-            options = ("--trainer.accelerator", "gpu", *(several if "," in device else one))
-            found.append(Place(options, {"CUDA_VISIBLE_DEVICES": device}))
-    return found or [Place()]
+            numbers = device.split(",")
+            count = one_device if len(numbers) == 1 else ("--trainer.devices", str(len(numbers)))
+            visible = ",".join(map(_visible_device, numbers))
+            result.append(Slot(("--trainer.accelerator", "gpu", *count), {"CUDA_VISIBLE_DEVICES": visible}))
+    return result or [Slot()]
+
+
+def _visible_device(number: str) -> str:
+    """The value of CUDA_VISIBLE_DEVICES for a GPU number, which counts within the caller's own value."""
+    callers_value = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if callers_value is None or not number.isdecimal():
+        return number
+    visible = [name.strip() for name in callers_value.split(",") if name.strip()]
+    if int(number) >= len(visible):
+        raise UserError(
+            f"--devices {number} is out of range: CUDA_VISIBLE_DEVICES={callers_value} makes "
+            f"{len(visible)} GPUs visible, and numbers start at 0."
+        )
+    return visible[int(number)]
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run: what it is called, its folder, and its command, whatever the place."""
+    """One run: its name, folder, config files, and command without the options of its slot."""
 
     name: str
     folder: Path
@@ -90,65 +115,76 @@ class Job:
 
     @property
     def log(self) -> Path:
-        """What the run says, after its command in the first line."""
+        """The output of the run; the first line is its command."""
         return self.folder / "fit.log"
 
     def finished(self) -> bool:
-        """Whether this very command has brought the run to its last iteration."""
+        """Whether this exact command has completed the last iteration of the run."""
         run = Run(self.folder)
-        last = run.iteration(run.options().get("algorithm.init_args.iterations", 0))
+        try:
+            last = run.iteration(run.read_system().iterations)
+        except UserError:  # not started yet
+            return False
         if not (self.log.is_file() and last.metrics.is_file()):
             return False
         edited = max(Path(config).stat().st_mtime for config in self.configs)
         with self.log.open(encoding="utf-8") as lines:
             return lines.readline() == f"{shlex.join(self.command)}\n" and edited < self.log.stat().st_mtime
 
-    def start(self, place: Place) -> subprocess.Popen[bytes]:
-        """Start it, or let it go on."""
+    def start(self, slot: Slot) -> subprocess.Popen[bytes]:
+        """Start or resume the run."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with self.log.open("w", encoding="utf-8") as log:
             print(shlex.join(self.command), file=log, flush=True)
             return subprocess.Popen(
-                [*self.command, *place.options],
-                env={**os.environ, **place.environment},
+                [*self.command, *slot.options],
+                env={**os.environ, **slot.environment},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                start_new_session=True,  # Ctrl-C is for us, and we pass it on
+                start_new_session=True,  # keeps Ctrl-C from the run; `_stop` interrupts it
             )
 
-    def last_words(self) -> str:
-        """The last line that the run said."""
-        said = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
-        return next(line for line in reversed(said) if line.strip())
+    def last_line(self) -> str:
+        """The last non-blank line of the log."""
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        return next(line for line in reversed(lines) if line.strip())
 
 
-def run(systems: Mapping[str, Sequence[str]], given: argparse.Namespace, others: Sequence[str]) -> int:
-    """Run every system with every config and seed, and give the exit status.
+def run(
+    systems: Mapping[str, Sequence[str]], arguments: argparse.Namespace, run_options: Sequence[str]
+) -> int:
+    """Run every system with every config and seed, and return the exit status.
 
     Args:
-        systems: Options of ``fit`` by the name of what they make.
-        given: The options of ``parser``.
-        others: Options for every run.
+        systems: Options of ``fit`` for each system, by its name.
+        arguments: The parsed options of ``parser``.
+        run_options: Options for every run.
     """
-    jobs = []
-    for configs in given.config:
-        out = given.out / Path(configs[0]).stem if len(given.config) > 1 else given.out
-        for system, options in systems.items():
-            jobs += [_job(given.out, out, system, seed, configs, (*others, *options)) for seed in given.seeds]
-    if len({job.folder for job in jobs}) < len(jobs):
-        print("two runs would share a folder: name every seed, number and config once.", file=sys.stderr)
+    try:
+        free_slots = slots(vars(arguments).get("devices", []))
+    except UserError as error:
+        print(error, file=sys.stderr)
         return 2
-    told_to_end: list[int] = []
+    jobs = []
+    for configs in arguments.config:
+        out = arguments.out / Path(configs[0]).stem if len(arguments.config) > 1 else arguments.out
+        for system, options in systems.items():
+            options = (*run_options, *options)
+            jobs += [_job(arguments.out, out, system, seed, configs, options) for seed in arguments.seeds]
+    if len({job.folder for job in jobs}) < len(jobs):
+        print("two runs would share a folder: give every seed, number and config once.", file=sys.stderr)
+        return 2
+    signals_received: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda received, _: told_to_end.append(received))
-    failed = _run_all(jobs, places(vars(given).get("devices", [])), told_to_end)
-    if told_to_end:
-        print("interrupted; the same command goes on.", flush=True)
-        return 128 + told_to_end[0]
+        signal.signal(number, lambda received, _: signals_received.append(received))
+    failed = _run_all(jobs, free_slots, signals_received)
+    if signals_received:
+        print("interrupted; run the same command again to resume.", flush=True)
+        return 128 + signals_received[0]
     print(f"\n{len(jobs) - len(failed)} of {len(jobs)} runs are finished.")
     for job in failed:
-        print(f"{job.name} failed: {job.last_words()}\n  see {job.log}")
+        print(f"{job.name} failed: {job.last_line()}\n  see {job.log}")
     return 1 if failed else 0
 
 
@@ -159,43 +195,43 @@ def _job(
     command = [sys.executable, "-m", "stasc", "fit"]
     for config in configs:
         command += ["--config", config]
-    # What is compared comes last, so that no other option can change it.
+    # The options under comparison come last, so that no other option overrides them.
     command += ["--reuse", str(out), *options, "--seed_everything", str(seed), "--run_dir", str(folder)]
     return Job(str(folder.relative_to(root)), folder, tuple(configs), tuple(command))
 
 
-def _run_all(jobs: Sequence[Job], free: list[Place], told_to_end: Sequence[int]) -> list[Job]:
-    """Run the jobs, one at a time in each place, until told to end, and give those that failed."""
+def _run_all(jobs: Sequence[Job], free_slots: list[Slot], signals_received: Sequence[int]) -> list[Job]:
+    """Run the jobs, one at a time in each slot, until a signal is received, and return those that failed."""
     waiting = [job for job in jobs if not job.finished()]
     for job in jobs:
         if job not in waiting:
-            print(f"{job.name}: was finished before", flush=True)
+            print(f"{job.name}: already finished", flush=True)
     failed = []
-    running: dict[subprocess.Popen[bytes], tuple[Job, Place, float]] = {}
+    running: dict[subprocess.Popen[bytes], tuple[Job, Slot, float]] = {}
     try:
-        while (waiting or running) and not told_to_end:
-            while waiting and free:
-                job, place = waiting.pop(0), free.pop(0)
+        while (waiting or running) and not signals_received:
+            while waiting and free_slots:
+                job, slot = waiting.pop(0), free_slots.pop(0)
                 print(f"{job.name}: started", flush=True)
-                running[job.start(place)] = job, place, time.monotonic()
+                running[job.start(slot)] = job, slot, time.monotonic()
             for process in [process for process in running if process.poll() is not None]:
-                job, place, began = running.pop(process)
-                free.append(place)
+                job, slot, start = running.pop(process)
+                free_slots.append(slot)
                 if process.returncode:
                     failed.append(job)
-                end = f"failed with status {process.returncode}" if process.returncode else "finished"
-                print(f"{job.name}: {end} after {time.monotonic() - began:.0f} s", flush=True)
+                result = f"failed with status {process.returncode}" if process.returncode else "finished"
+                print(f"{job.name}: {result} after {time.monotonic() - start:.0f} s", flush=True)
             time.sleep(0.1)
     finally:
-        _end(running)
+        _stop(running)
     return failed
 
 
-def _end(processes: Iterable[subprocess.Popen[bytes]]) -> None:
-    """Interrupt runs, as Ctrl-C would; what does not end then is killed."""
+def _stop(processes: Iterable[subprocess.Popen[bytes]]) -> None:
+    """Interrupt runs as Ctrl-C does, and kill those that do not end in time."""
     for process in processes:
         process.send_signal(signal.SIGINT)
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + INTERRUPT_TIMEOUT
     for process in processes:
         try:
             process.wait(max(0.0, deadline - time.monotonic()))

@@ -12,6 +12,6 @@ OVERLAYS = Path(__file__).parents[1] / "configs" / "baselines"
 BASELINES = {"STaR": "star.yaml", "SelfRefine": "self_refine.yaml", "Reflexion": "reflexion.yaml"}
 
 if __name__ == "__main__":
-    given, others = ablation.parser(__doc__, "runs/baselines").parse_known_args()
+    arguments, run_options = ablation.parser(__doc__, "runs/baselines").parse_known_args()
     systems = {name: ["--config", str(OVERLAYS / overlay)] for name, overlay in BASELINES.items()}
-    sys.exit(ablation.run(systems, given, others))
+    sys.exit(ablation.run(systems, arguments, run_options))

@@ -10,15 +10,19 @@ import ablation
 
 if __name__ == "__main__":
     parser = ablation.parser(__doc__, "runs/grid")
-    parser.add_argument("--variant", default="EIF", help="variant of all cells")
-    parser.add_argument("--n_init", nargs="+", type=int, default=[1, 3, 5], metavar="N", help="rows")
-    parser.add_argument("--n_corr", nargs="+", type=int, default=[1, 3, 5], metavar="N", help="columns")
-    given, others = parser.parse_known_args()
+    parser.add_argument("--variant", default="EIF", help="variant of all runs")
+    parser.add_argument(
+        "--n_init", nargs="+", type=int, default=[1, 3, 5], metavar="N", help="numbers of initial answers"
+    )
+    parser.add_argument(
+        "--n_corr", nargs="+", type=int, default=[1, 3, 5], metavar="N", help="numbers of corrections"
+    )
+    arguments, run_options = parser.parse_known_args()
     systems = {
-        f"{given.variant}-{n_init}-{n_corr}": [
-            *("--algorithm.variant", given.variant),
+        f"{arguments.variant}-{n_init}-{n_corr}": [
+            *("--algorithm.variant", arguments.variant),
             *("--algorithm.n_init", str(n_init), "--algorithm.n_corr", str(n_corr)),
         ]
-        for n_init, n_corr in product(given.n_init, given.n_corr)
+        for n_init, n_corr in product(arguments.n_init, arguments.n_corr)
     }
-    sys.exit(ablation.run(systems, given, others))
+    sys.exit(ablation.run(systems, arguments, run_options))

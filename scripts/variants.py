@@ -4,15 +4,14 @@ python scripts/variants.py --config configs/quickstart.yaml --seeds 1 2 3
 """
 
 import sys
-from itertools import product
 
 import ablation
 
-VARIANTS = ["".join(letters) for letters in product("FE", "IN", "FE")]
+from stasc.algorithm import VARIANTS
 
 if __name__ == "__main__":
     parser = ablation.parser(__doc__, "runs/variants")
-    parser.add_argument("--variants", nargs="+", default=VARIANTS, metavar="XYZ", help="which of them")
-    given, others = parser.parse_known_args()
-    systems = {variant: ["--algorithm.variant", variant] for variant in given.variants}
-    sys.exit(ablation.run(systems, given, others))
+    parser.add_argument("--variants", nargs="+", default=VARIANTS, metavar="XYZ", help="variants to run")
+    arguments, run_options = parser.parse_known_args()
+    systems = {variant: ["--algorithm.variant", variant] for variant in arguments.variants}
+    sys.exit(ablation.run(systems, arguments, run_options))

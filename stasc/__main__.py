@@ -10,47 +10,50 @@ Self-Taught Self-Correction: a small language model learns from its own correcti
 
 commands:
   fit       run the algorithm: sample, correct, filter, fine-tune, N times
-  validate  evaluate a model folder, as test does
+  validate  evaluate a model folder (the same as test)
   test      evaluate a model folder: --model.base FOLDER
   predict   answer and correct the questions of a file: --data.predict ...
   report    tables, figures and a page from run folders: report RUN... --out FOLDER
 
   python -m stasc COMMAND --help          all options of a command
-  python -m stasc COMMAND --print_config  the configuration that would run
+  python -m stasc COMMAND --print_config  the resulting configuration
 
 Start with: python -m stasc fit --config configs/quickstart.yaml"""
 
 
 def main() -> None:
-    """Run the program; a user's mistake ends in one sentence and status 2, Ctrl-C in one and status 130."""
+    """Run a command.
+
+    After a mistake of the user it prints one sentence and exits with status 2, after Ctrl-C with status 130.
+    """
     if sys.argv[1:] in ([], ["-h"], ["--help"]):
-        print(HELP)  # before any import: the libraries take seconds to load
+        print(HELP)  # before the imports below, which take seconds
         sys.exit(0 if sys.argv[1:] else 2)
-    if sys.argv[1] == "report":  # needs none of the libraries that train and sample
+    if sys.argv[1] == "report":  # does not need the libraries for training and sampling
         from stasc.report.command import main as report
 
         report(sys.argv[2:])
         return
-    # Threads that wait must not spin: sampling and training take turns on the same cores.
+    # Idle threads must not spin: sampling and training take turns on the same cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it may be ignored, as under nohup
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # nohup ignores it
         signal.signal(signal.SIGINT, _interrupt)
     try:
         from stasc.cli import run
 
         run()
-    except (KeyboardInterrupt, SystemExit) as end:  # Lightning makes the second of the first, with status 1
-        if KeyboardInterrupt not in (type(end), type(end.__context__)):
+    except (KeyboardInterrupt, SystemExit) as error:  # Lightning turns Ctrl-C into SystemExit(1)
+        if KeyboardInterrupt not in (type(error), type(error.__context__)):
             raise
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Lightning has put our handler back
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Lightning has restored our handler
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            said = "stasc: interrupted; the same command goes on from what is finished."
-            print(said, file=sys.stderr, flush=True)
+            message = "stasc: interrupted; run the same command again to resume."
+            print(message, file=sys.stderr, flush=True)
         sys.exit(130)
 
 
 def _interrupt(*_: object) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # another one must not cut the end short
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not interrupt the shutdown
     raise KeyboardInterrupt
 
 

@@ -1,28 +1,61 @@
 """What a system does with its own answers: STaSC and its variants, and the systems that it builds on.
 
 A system is a handful of choices around one loop (Algorithm 1, section 2.2 of the paper): which model writes
-the initial answers, which of them get a second turn and how, which trajectories are kept, what is trained on
-them, and from which weights.
+the initial answers, which turns follow, which trajectories are kept, what is learnt of them, and which
+weights are fine-tuned. ``stasc/experiment.py`` is the loop that asks for them.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, ClassVar, Literal
 
 from stasc.errors import UserError
 from stasc.filtering import improves, pair_all, stays_right
-from stasc.prompting import Dialogue
-from stasc.rollout import Rollout
-from stasc.sampling import Sampling
-from stasc.trajectory import InitialAnswer, Trajectory
+from stasc.run import EVALUATION, SECOND_TURN, SELECTION, START, TRAINING, FirstUse
+from stasc.trajectory import Example, Trajectory
 
-Variant = Literal["EIE", "EIF", "ENE", "ENF", "FIE", "FIF", "FNE", "FNF"]
+Variant = Literal["FIF", "FIE", "FNF", "FNE", "EIF", "EIE", "ENF", "ENE"]
+VARIANTS: tuple[Variant, ...] = tuple("".join(letters) for letters in product("FE", "IN", "FE"))
+"""In the order of the paper's Table 2."""
+
+
+def _always(trajectory: Trajectory) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One more answer to every question.
+
+    Args:
+        prompt: Name of the prompt (in ``data.prompts``) that asks for it.
+        samples: Answers drawn for each trajectory so far.
+        asks: Whether a trajectory is asked for this answer; one that is not stays as it is.
+    """
+
+    prompt: str
+    samples: int = 1
+    asks: Callable[[Trajectory], bool] = _always
 
 
 class Algorithm(ABC):
     """The choices that make a system; a system of your own is a subclass, named by its class path.
+
+    This one keeps every correction that ends right, and learns it on top of M_{n-1}:
+
+        class KeepsRightOnes(Algorithm):
+            def initial_model(self, n: int) -> int:
+                return n - 1
+
+            def base_model(self, n: int) -> int:
+                return n - 1
+
+            def select(self, trajectories: Iterable[Trajectory]) -> Iterator[Example]:
+                return (t.learn() for t in trajectories if self.right(t.reward(2)))
 
     Args:
         iterations: N, improvement iterations; 0 evaluates M_0 alone.
@@ -32,6 +65,17 @@ class Algorithm(ABC):
         threshold: t, the reward from which on an answer is right.
         rounds: Corrections one after another in evaluation: y1 -> y2 -> ... -> y_{rounds+1}.
     """
+
+    uses_references: ClassVar[bool] = False
+    """Whether it sees the references at inference, so that its rewards are an upper bound."""
+
+    first_uses: ClassVar[Mapping[str, FirstUse]] = {
+        "n_corr": SECOND_TURN,
+        "threshold": SECOND_TURN,
+        "rounds": EVALUATION,
+        "epochs": TRAINING,
+    }
+    """For each option of ``__init__`` from where on it has a part in the results; START if it is not here."""
 
     def __init__(
         self,
@@ -59,9 +103,18 @@ class Algorithm(ABC):
         return type(self).__name__
 
     @property
-    def prompts(self) -> tuple[str, ...]:
-        """Which of ``data.prompts`` are sent."""
-        return ("initial", "correction")
+    def turns(self) -> tuple[Turn, ...]:
+        """What is asked in training: an initial answer, then any number of further answers by M_{n-1}."""
+        return Turn("initial", self.n_init), Turn("correction", self.n_corr)
+
+    def test_turns(self, samples: int) -> tuple[Turn, ...]:
+        """What is asked in evaluation, with ``samples`` initial answers for each question."""
+        return Turn("initial", samples), *[Turn("correction")] * self.rounds
+
+    @property
+    def learns(self) -> set[str]:
+        """The prompts for which answers are learnt; by default those of all turns but the first."""
+        return {turn.prompt for turn in self.turns[1:]}
 
     @abstractmethod
     def initial_model(self, n: int) -> int:
@@ -76,30 +129,26 @@ class Algorithm(ABC):
         """The number of the model that is fine-tuned in iteration ``n``: n - 1 or 0."""
 
     @abstractmethod
-    def select(self, trajectories: Iterable[Trajectory]) -> Iterator[Trajectory]:
-        """D_n, from the trajectories of iteration n in the order of the questions."""
+    def select(self, trajectories: Iterable[Trajectory]) -> Iterator[Example]:
+        """D_n: what is learnt of the trajectories of iteration n, which come in the order of the questions.
 
-    def second_turns(
-        self, rollout: Rollout, answers: Sequence[InitialAnswer], sampling: Sampling, stage: str
-    ) -> list[Trajectory]:
-        """What M_{n-1} makes of the initial answers: ``n_corr`` corrections of each."""
-        return rollout.corrections(answers, self.n_corr, sampling, stage)
-
-    def example(self, dialogue: Dialogue, trajectory: Trajectory) -> tuple[list[int], list[int]]:
-        """The prompt's token ids, which carry no loss, and the target's, which do."""
-        return dialogue.training_example(trajectory)
-
-    def asks_again(self, answer: InitialAnswer) -> bool:
-        """Whether an answer gets another turn in evaluation; else it stands as its own correction."""
-        return True
-
-    def iteration(self, epochs_done: int) -> int:
-        """The iteration n in 1..N that is under way after ``epochs_done`` training epochs."""
-        return min(epochs_done // self.epochs + 1, self.iterations)
+        ``trajectory.learn()`` is the example that teaches its last answer for the prompt that asked for it;
+        it takes another turn, another prompt, or a weight, and a trajectory may give several examples.
+        """
 
     def right(self, reward: float) -> bool:
         """Whether an answer with this reward is right."""
         return reward >= self.threshold
+
+    def ends_wrong(self, trajectory: Trajectory) -> bool:
+        """Whether the last answer of a trajectory is wrong."""
+        return not self.right(trajectory.reward(trajectory.turn))
+
+    def first_use(self, option: str, before: Any, now: Any) -> FirstUse:
+        """From where on it matters that an option of ``__init__`` is ``now`` what it was not ``before``."""
+        if option == "iterations" and isinstance(before, int) and isinstance(now, int):
+            return FirstUse(f"iteration-{min(before, now) + 1:02d}")  # more of them continue a run
+        return self.first_uses.get(option, START)
 
 
 class STaSC(Algorithm):
@@ -117,6 +166,14 @@ class STaSC(Algorithm):
             not its own, as in the paper's figures.
         **common: Those of ``Algorithm``.
     """
+
+    first_uses: ClassVar[Mapping[str, FirstUse]] = {
+        **Algorithm.first_uses,
+        "variant": SELECTION,
+        "pair_all": SELECTION,
+        "only_equal": SELECTION,
+        "fixed_in_test": TRAINING,
+    }
 
     def __init__(
         self,
@@ -151,9 +208,10 @@ class STaSC(Algorithm):
         """M_{n-1} under Evolving fine-tuning, else M_0."""
         return n - 1 if self.variant[2] == "E" else 0
 
-    def select(self, trajectories: Iterable[Trajectory]) -> Iterator[Trajectory]:
+    def select(self, trajectories: Iterable[Trajectory]) -> Iterator[Example]:
         """D+ under the Improving filter, D+ and D= under the Non-decreasing one; the order is kept."""
-        return filter(self._keeps, pair_all(trajectories) if self.pair_all else trajectories)
+        pairs = pair_all(trajectories) if self.pair_all else trajectories
+        return (pair.learn() for pair in pairs if self._keeps(pair))
 
     def _keeps(self, trajectory: Trajectory) -> bool:
         if self.variant[1] == "I":
@@ -166,14 +224,20 @@ class STaR(Algorithm):
     """Self-Taught Reasoner (Zelikman et al., 2022): M_0 is fine-tuned on right first answers of M_{n-1}.
 
     Where an answer is wrong, M_{n-1} is shown a reference as a hint (``data.prompts.rationalization``), and
-    what it then says is learnt as a first answer if it is right. ``n_corr`` counts these attempts; 0 does
-    without.
+    what it then answers is learnt as a first answer if it is right. ``n_corr`` is the number of these
+    attempts; with 0 there are none.
     """
 
     @property
-    def prompts(self) -> tuple[str, ...]:
-        """The hint too, if there is one."""
-        return (*super().prompts, "rationalization") if self.n_corr else super().prompts
+    def turns(self) -> tuple[Turn, ...]:
+        """An initial answer, and rationalisations of a wrong one; a right one stands."""
+        initial, hinted = Turn("initial", self.n_init), Turn("rationalization", self.n_corr, self.ends_wrong)
+        return (initial, hinted) if self.n_corr else (initial,)
+
+    @property
+    def learns(self) -> set[str]:
+        """The initial prompt: an answer that was sampled with a hint is learnt without it."""
+        return {"initial"}
 
     def initial_model(self, n: int) -> int:
         """M_{n-1}."""
@@ -183,26 +247,9 @@ class STaR(Algorithm):
         """M_0."""
         return 0
 
-    def second_turns(
-        self, rollout: Rollout, answers: Sequence[InitialAnswer], sampling: Sampling, stage: str
-    ) -> list[Trajectory]:
-        """Rationalisations of wrong answers; a right one stands."""
-        return rollout.corrections(
-            answers,
-            self.n_corr,
-            sampling,
-            stage,
-            asks=lambda answer: self.n_corr > 0 and not self.right(answer.r1),
-            prompts=rollout.dialogue.rationalization_prompts,
-        )
-
-    def select(self, trajectories: Iterable[Trajectory]) -> Iterator[Trajectory]:
-        """Those that end right."""
-        return (trajectory for trajectory in trajectories if self.right(trajectory.r2))
-
-    def example(self, dialogue: Dialogue, trajectory: Trajectory) -> tuple[list[int], list[int]]:
-        """The right answer as a first answer, without any hint."""
-        return dialogue.initial_prompt(trajectory.question.text), dialogue.target(trajectory.correction)
+    def select(self, trajectories: Iterable[Trajectory]) -> Iterator[Example]:
+        """Those that end right, learnt as a first answer without any hint."""
+        return (t.learn(prompt="initial") for t in trajectories if not self.ends_wrong(t))
 
 
 class SelfRefine(Algorithm):
@@ -224,7 +271,7 @@ class SelfRefine(Algorithm):
         """M_0."""
         return 0
 
-    def select(self, trajectories: Iterable[Trajectory]) -> Iterator[Trajectory]:
+    def select(self, trajectories: Iterable[Trajectory]) -> Iterator[Example]:
         """Nothing."""
         return iter(())
 
@@ -239,6 +286,8 @@ class Reflexion(SelfRefine):
         threshold: t, the reward from which on an answer is right.
     """
 
-    def asks_again(self, answer: InitialAnswer) -> bool:
-        """Whether it is wrong."""
-        return not self.right(answer.r1)
+    uses_references: ClassVar[bool] = True
+
+    def test_turns(self, samples: int) -> tuple[Turn, ...]:
+        """Corrections of wrong answers alone."""
+        return Turn("initial", samples), *[Turn("correction", asks=self.ends_wrong)] * self.rounds

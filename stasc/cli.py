@@ -1,9 +1,10 @@
-"""The command line: one configuration, linked to all parts. Nothing else happens here."""
+"""The command line: one configuration, and the parts of the program that it describes, put together."""
 
 from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 import yaml
-from jsonargparse import ArgumentError, Namespace
+from jsonargparse import ArgumentError
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -23,56 +24,78 @@ from callbacks import Curves, Evaluation, IterationProgressBar, OuterLoop
 from data import TrajectoryDataModule, demo
 from stasc.algorithm import Algorithm, STaSC
 from stasc.errors import UserError
-from stasc.module import CorrectionSFT
-from stasc.reuse import done_by_others
-from stasc.run import copy_file
+from stasc.experiment import Experiment
+from stasc.model_folder import ModelFolder
+from stasc.prompting import Dialogue
+from stasc.run import NEVER, START, TRAINING, FirstUse, Run, SystemRecord, flatten
 from stasc.sampling import Sampler, VLLMSampler
+from stasc.training.module import CorrectionSFT
 
 DEMO = "demo"
 """The name of the embedded task's own M_0, which is made on the spot."""
 
+RENAMED = {
+    "batch_size": "batches.size",
+    "prefix_sharing": "batches.prefix_sharing",
+    "token_budget": "batches.token_budget",
+    "group_corrections": "batches.group_corrections",
+    "test_sampling": "evaluation.sampling",
+    "test_samples": "evaluation.samples",
+    "test_greedy": "evaluation.greedy",
+}
+"""Options of ``data`` by the names that they had in version 0.1."""
+
+_TRAINER_OPTIONS_THAT_TRAIN = (
+    *("precision", "gradient_clip_val", "gradient_clip_algorithm", "plugins"),
+    *("limit_train_batches", "overfit_batches", "fast_dev_run"),
+    *("min_epochs", "min_steps", "max_steps", "max_time"),
+)
+"""Lightning's options that have a part in what is learnt; the others say where and how it is."""
+
 
 class STaSCCLI(LightningCLI):
-    """LightningCLI with the groups ``algorithm`` and ``sampler`` and the option ``run_dir``."""
+    """LightningCLI with the groups ``algorithm`` and ``sampler``, and ``run_dir`` and ``reuse``."""
 
     datamodule: TrajectoryDataModule
+    model: CorrectionSFT
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The groups of the method, and how they reach those who need them."""
+        """The options beside those of the trainer, the model and the data."""
         parser.add_argument("--run_dir", type=str, default="runs/stasc", help="Folder of the run.")
         parser.add_argument(
             "--reuse",
             type=str | None,
             default=None,
-            help="Another run, or a folder of runs: take over what M_0 said there and would say here.",
+            help="Another run, or a folder of runs: take M_0's draws from it where it was asked the same.",
         )
         parser.add_subclass_arguments(Algorithm, "algorithm", default=_class_path(STaSC))
         parser.add_subclass_arguments(Sampler, "sampler", default=_class_path(VLLMSampler))
-        parser.link_arguments("algorithm", "data.algorithm", apply_on="instantiate")
-        parser.link_arguments("sampler", "data.sampler", apply_on="instantiate")
-        parser.link_arguments("model.base", "data.base")
-        parser.link_arguments("run_dir", "data.run_dir")
-        parser.link_arguments("seed_everything", "data.seed")
-        # These two follow from the algorithm: links, so that no config can change them.
-        parser.link_arguments("algorithm", "trainer.max_epochs", compute_fn=_training_epochs)
-        parser.link_arguments(
-            "algorithm", "trainer.reload_dataloaders_every_n_epochs", compute_fn=lambda algorithm: 1
-        )
 
     def before_instantiate_classes(self) -> None:
-        """Check devices and precision; make the demo's M_0 if that is the model."""
+        """Check the trainer's options; make the demo's M_0 if that is the model."""
         config = self.config[self.subcommand]
         if config.trainer.precision in ("bf16-true", "16-true"):
             raise UserError(
                 f"trainer.precision is {config.trainer.precision}, which rounds small updates away, so that "
                 "hardly anything is learnt: use bf16-mixed or 32-true."
             )
+        if config.trainer.max_epochs is not None:
+            raise UserError(
+                "trainer.max_epochs is not for you to set: it follows from algorithm.iterations and "
+                "algorithm.epochs."
+            )
+        if config.trainer.reload_dataloaders_every_n_epochs != 1:
+            raise UserError(
+                "trainer.reload_dataloaders_every_n_epochs must stay 1: every iteration has its own D_n."
+            )
+        if isinstance(config.seed_everything, bool):
+            raise UserError(f"seed_everything is {config.seed_everything}: it must be a number.")
         _check_devices(config.trainer.accelerator, config.trainer.devices)
         dumped = self.parser.dump(self.config, skip_unset=False)
         self.saved_config = yaml.safe_load(dumped)[self.subcommand]
         self.saved_config.pop("config", None)
         if config.model.base == DEMO:
-            config.model.base = config.data.base = str(demo.base_model())
+            config.model.base = str(demo.base_model())
 
     def instantiate_classes(self) -> None:
         """Let through the sentence of a part that can be null, which jsonargparse puts into its own."""
@@ -84,12 +107,13 @@ class STaSCCLI(LightningCLI):
             raise
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Give the trainer the run folder's places for curves and checkpoints."""
-        run = self.datamodule.run
-        given = self.config_init[self.subcommand].trainer
+        """Give the trainer the algorithm's epochs, and the run folder's places for curves and checkpoints."""
+        config = self.config_init[self.subcommand]
+        run, algorithm = Run(config.run_dir), config.algorithm
+        kwargs["max_epochs"] = algorithm.iterations * algorithm.epochs
         if self.subcommand != "fit":
             kwargs["logger"] = False
-        elif given.logger in (None, True):
+        elif config.trainer.logger in (None, True):
             kwargs["logger"] = Curves(run.tensorboard)
         # At the end of an epoch only: a checkpoint in its midst would skip an iteration on resume.
         checkpoint = ModelCheckpoint(
@@ -98,10 +122,11 @@ class STaSCCLI(LightningCLI):
             enable_version_counter=False,
             save_on_train_epoch_end=True,
         )
-        users = given.callbacks if isinstance(given.callbacks, list) else [given.callbacks]
-        # Evaluation first, which has every epoch's points go where they belong, the user's too.
+        callbacks = config.trainer.callbacks
+        users = callbacks if isinstance(callbacks, list) else [callbacks]
+        # The order matters, see callbacks/__init__.py.
         kwargs["callbacks"] = [Evaluation(), *filter(None, users), OuterLoop(), checkpoint]
-        if given.enable_progress_bar is not False:
+        if config.trainer.enable_progress_bar is not False:
             kwargs["callbacks"].append(IterationProgressBar())
         try:
             return super().instantiate_trainer(**kwargs)
@@ -109,8 +134,8 @@ class STaSCCLI(LightningCLI):
             raise UserError(f"the trainer's settings do not work here: {error}") from error
 
     def after_instantiate_classes(self) -> None:
-        """Find mistakes in what the configuration points to, before an engine starts or a file is written."""
-        self.datamodule.load_questions(self.subcommand)
+        """Put the experiment together, which finds mistakes before an engine starts."""
+        experiment = self.datamodule.experiment = self._experiment()
         if self.subcommand != "fit":
             output = self.datamodule.output_path(self.subcommand)
             if output.exists() and rank_zero_only.rank == 0:
@@ -118,19 +143,68 @@ class STaSCCLI(LightningCLI):
             return
         self.model.check(self.trainer.strategy)
         if rank_zero_only.rank == 0:
-            run, reuse, done = self.datamodule.run, self.saved_config["reuse"], {}
-            if reuse is not None:
-                done = done_by_others(run, Path(reuse), self.saved_config, self.datamodule.questions)
-            run.claim(self.saved_config)
-            for stage, source in done.items():
-                copy_file(source, stage)
+            experiment.run.claim(self.saved_config, self._system_record(), self._first_use)
+
+    def _experiment(self) -> Experiment:
+        config, data = self.config_init[self.subcommand], self.datamodule
+        questions = data.load_questions(self.subcommand)
+        base = ModelFolder.locate(self.model.base)
+        tokenizer, generation_config = base.tokenizer(), base.generation_config()
+        return Experiment(
+            algorithm=config.algorithm,
+            sampler=config.sampler,
+            dialogue=Dialogue(tokenizer, data.prompts, generation_config),
+            training_dialogue=Dialogue(tokenizer, data.training_prompts or data.prompts, generation_config),
+            reward=data.reward,
+            questions=questions,
+            sampling=data.sampling,
+            evaluation=data.evaluation,
+            base=base,
+            run=Run(config.run_dir),
+            seed=config.seed_everything,
+            reuse=Path(config.reuse) if config.reuse else None,
+        )
+
+    def _system_record(self) -> SystemRecord:
+        """What other programs shall know of the run's system."""
+        algorithm = self.datamodule.experiment.algorithm
+        options = {
+            option: value
+            for option, value in flatten(self.saved_config).items()
+            if option != "seed_everything" and self._first_use(option, value, value) is not NEVER
+        }
+        return SystemRecord(
+            name=algorithm.name,
+            iterations=algorithm.iterations,
+            threshold=algorithm.threshold,
+            uses_references=algorithm.uses_references,
+            seed=self.datamodule.experiment.seed,
+            options=options,
+        )
+
+    def _first_use(self, option: str, before: Any, now: Any) -> FirstUse:
+        """From where on it matters that an option is ``now`` what it was not ``before``: its part knows."""
+        group, _, name = option.partition(".")
+        experiment = self.datamodule.experiment
+        parts = {
+            "algorithm": experiment.algorithm,
+            "sampler": experiment.sampler,
+            "data": self.datamodule,
+            "model": self.model,
+        }
+        if group in parts:
+            name = name.removeprefix("init_args.")
+            return START if name == "class_path" else parts[group].first_use(name, before, now)
+        if group == "trainer":
+            return TRAINING if name.startswith(_TRAINER_OPTIONS_THAT_TRAIN) else NEVER
+        return START if option == "seed_everything" else NEVER
 
     def fit(self, model: LightningModule, datamodule: LightningDataModule, **kwargs: Any) -> None:
         """Start, or go on where the run folder's last checkpoint was written."""
-        last = datamodule.run.last_checkpoint
-        if not kwargs.get("ckpt_path") and last.is_file():
-            kwargs["ckpt_path"] = str(last)
-            rank_zero_only(print)(f"going on in {datamodule.run.folder}", flush=True)
+        run = datamodule.experiment.run
+        if not kwargs.get("ckpt_path") and run.last_checkpoint.is_file():
+            kwargs["ckpt_path"] = str(run.last_checkpoint)
+            rank_zero_only(print)(f"going on in {run.folder}", flush=True)
         self.trainer.fit(model, datamodule=datamodule, **kwargs)
 
 
@@ -152,6 +226,7 @@ def run() -> None:
             seed_everything_default=42,
             trainer_defaults={
                 "num_sanity_val_steps": 0,
+                "reload_dataloaders_every_n_epochs": 1,  # every epoch has the batches of its own iteration
                 "log_every_n_steps": 1,
                 "enable_model_summary": False,
                 "use_distributed_sampler": False,  # CorrectionBatches deals the steps out itself
@@ -164,20 +239,24 @@ def run() -> None:
     except (UserError, ArgumentError, MisconfigurationException) as mistake:
         sentence = " ".join(str(mistake).split())
         options = {argument.partition("=")[0] for argument in sys.argv}
-        if isinstance(mistake, ArgumentError) and not options & {"-c", "--config"}:
-            sentence += " (no --config FILE was given)"
+        if isinstance(mistake, ArgumentError):
+            sentence = _renamed(sentence) or sentence
+            if not options & {"-c", "--config"}:
+                sentence += " (no --config FILE was given)"
         print(f"stasc: {sentence}", file=sys.stderr)
         sys.exit(2)
 
 
+def _renamed(refusal: str) -> str | None:
+    """A sentence for a refused option that has another name now; None if it is none of those."""
+    for old, new in RENAMED.items():
+        if re.search(rf"\b{old}\b", refusal):
+            return f"data.{old} is called data.{new} now: change it in the config or on the command line."
+    return None
+
+
 def _class_path(cls: type) -> dict[str, str]:
     return {"class_path": f"{cls.__module__}.{cls.__name__}"}
-
-
-def _training_epochs(algorithm: Namespace) -> int:
-    """Epochs of all fine-tunings; a system that is never trained has neither option."""
-    options = algorithm.init_args
-    return options.get("iterations", 0) * options.get("epochs", 1)
 
 
 def _check_devices(accelerator: Any, devices: Any) -> None:

@@ -1,8 +1,9 @@
-"""What a user can get wrong."""
+"""The exception for mistakes of the user."""
 
 
 class UserError(Exception):
-    """A user's mistake: one sentence that names the file, line, field or option, and what to do.
+    """A mistake of the user, such as a wrong option or a damaged file.
 
-    The program prints the sentence on standard error and exits with status 2, without a traceback.
+    The message is one sentence that names the file, line or option and how to fix it. The program prints it
+    to standard error and exits with status 2, without a traceback.
     """

@@ -1,4 +1,4 @@
-"""Step 3 of Algorithm 1: which corrections are worth learning from, and of which answer they are taken."""
+"""Step 3 of Algorithm 1: which corrections are worth learning from, and which answer each is paired with."""
 
 from __future__ import annotations
 
@@ -10,24 +10,27 @@ from stasc.trajectory import Trajectory
 
 
 def improves(trajectory: Trajectory) -> bool:
-    """Whether a trajectory is in D+: the correction earns more than the initial answer."""
-    return trajectory.r2 > trajectory.r1
+    """Whether a trajectory is in D+: its last answer is a correction with a higher reward."""
+    turn = trajectory.turn
+    return turn > 1 and trajectory.reward(turn) > trajectory.reward(turn - 1)
 
 
 def stays_right(trajectory: Trajectory, threshold: float) -> bool:
-    """Whether a trajectory is in D=: the correction keeps the reward of an answer that was right."""
-    return trajectory.r2 == trajectory.r1 >= threshold
+    """Whether a trajectory is in D=: its last answer is a correction of a right one, and as good."""
+    turn = trajectory.turn
+    return turn > 1 and trajectory.reward(turn) == trajectory.reward(turn - 1) >= threshold
 
 
 def pair_all(trajectories: Iterable[Trajectory]) -> Iterator[Trajectory]:
     """Every initial answer of a question with every correction of that question, whichever it was made for.
 
-    The paper writes a correction of an answer; its release pairs them all. ``k`` is then the number of the
-    correction within the question. The trajectories of a question must stand together.
+    The paper pairs a correction with the answer it was made for; its release pairs them all. The number of a
+    correction is then counted within the question. The trajectories of a question must be adjacent.
     """
     for _, group in groupby(trajectories, key=lambda trajectory: trajectory.question.id):
-        own = list(group)
-        answers = {trajectory.j: trajectory for trajectory in own}
-        for answer in answers.values():
-            for k, corrected in enumerate(own):
-                yield dataclasses.replace(answer, k=k, correction=corrected.correction, r2=corrected.r2)
+        members = list(group)
+        initial_answers = {trajectory.answers[0].number: trajectory.answers[0] for trajectory in members}
+        for initial in initial_answers.values():
+            for k, member in enumerate(members):
+                correction = dataclasses.replace(member.answers[1], number=k)
+                yield Trajectory(member.question, (initial, correction))

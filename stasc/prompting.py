@@ -1,13 +1,13 @@
 """From questions and answers to token ids: the prompts, and which tokens end a turn.
 
-A training example is the very prompt a correction was sampled from, followed by the very tokens that were
-sampled. Nothing here knows a particular chat template.
+A training example is the prompt that an answer was sampled from, followed by the tokens that were sampled,
+token for token. Nothing here knows a particular chat template.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +15,7 @@ from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from stasc.errors import UserError
-from stasc.trajectory import Completion, InitialAnswer, Trajectory
+from stasc.trajectory import Answer, Example, Question, Trajectory
 
 
 @dataclass(frozen=True)
@@ -26,34 +26,38 @@ class Message:
     content: str
 
 
-@dataclass(frozen=True)
-class Prompts:
-    """The prompts of the method (appendix A of the paper), demonstrations included.
+Prompts = Mapping[str, Sequence[Message]]
+"""The messages of each prompt by its name: ``initial``, ``correction``, and whatever else a system asks."""
+
+_NEEDED = {
+    "initial": ("question",),
+    "correction": ("question", "initial_answer"),
+    "rationalization": ("question", "reference"),
+}
+"""Placeholders without which these prompts make no sense."""
+
+_PLACEHOLDER = re.compile(r"\{(\w+)\}")
+
+
+def check_prompts(prompts: Prompts, needed: Iterable[str], option: str) -> None:
+    """Find prompts that are missing, or that leave out what they are about.
 
     Args:
-        initial: Messages that ask for an initial answer; ``{question}`` stands for the question.
-        correction: Messages that ask for a correction; ``{initial_answer}`` stands for what may be wrong.
-        rationalization: Messages that ask for an answer whose end is known, which only STaR does;
-            ``{reference}`` stands for the hint.
+        prompts: As the user gave them.
+        needed: Names of the prompts that will be sent.
+        option: What the user calls them, such as ``data.prompts``.
+
+    Raises:
+        UserError: A prompt is missing or has no messages, or a message is missing a placeholder.
     """
-
-    initial: list[Message]
-    correction: list[Message]
-    rationalization: list[Message] | None = None
-
-    def __post_init__(self) -> None:
-        for prompt, placeholders in (
-            ("initial", ["{question}"]),
-            ("correction", ["{question}", "{initial_answer}"]),
-            ("rationalization", ["{question}", "{reference}"]),
-        ):
-            messages = getattr(self, prompt)
-            if messages is None:
-                continue
-            text = "".join(message.content for message in messages)
-            for placeholder in placeholders:
-                if placeholder not in text:
-                    raise UserError(f"data.prompts.{prompt} has no {placeholder}: put it into a message.")
+    for name in needed:
+        if not prompts.get(name):
+            raise UserError(f"{option} has no {name}: the algorithm needs these messages.")
+    for name, messages in prompts.items():
+        found = {match for message in messages for match in _PLACEHOLDER.findall(message.content)}
+        for placeholder in _NEEDED.get(name, ()):
+            if placeholder not in found:
+                raise UserError(f"{option}.{name} has no {{{placeholder}}}: put it into a message.")
 
 
 class Dialogue:
@@ -90,54 +94,27 @@ class Dialogue:
         stops = {self.end_of_turn, tokenizer.eos_token_id, *config_stops} - {None}
         self.stop_ids: tuple[int, ...] = tuple(sorted(stops))
 
-    def initial_prompt(self, question: str) -> list[int]:
-        """Token ids that ask for an initial answer to ``question``."""
-        return self.initial_prompts([question])[0]
+    def ask(self, prompt: str, trajectories: Sequence[Trajectory]) -> list[list[int]]:
+        """Token ids that ask for the next answer of each trajectory.
 
-    def initial_prompts(self, questions: Sequence[str]) -> list[list[int]]:
-        """The same for many questions, in much less time than one after another."""
-        return self._render(self.prompts.initial, [{"question": question} for question in questions])
+        ``{question}`` in a message stands for the question, ``{initial_answer}`` for the answer that is to be
+        corrected (the last one), ``{answer_1}``, ``{answer_2}``, ... for each answer so far, and
+        ``{reference}`` for the first reference. Other words in braces stay as they are.
 
-    def correction_prompt(self, question: str, initial_answer: str) -> list[int]:
-        """Token ids that ask for a correction of ``initial_answer``."""
-        return self._render(self.prompts.correction, [_to_correct(question, initial_answer)])[0]
-
-    def correction_prompts(self, answers: Sequence[InitialAnswer]) -> list[list[int]]:
-        """The same for many initial answers."""
-        values = [_to_correct(answer.question.text, answer.initial.text) for answer in answers]
-        return self._render(self.prompts.correction, values)
-
-    def rationalization_prompts(self, answers: Sequence[InitialAnswer]) -> list[list[int]]:
-        """Token ids that ask for another answer to the same questions, with the first reference as a hint."""
-        return self._render(
-            self.prompts.rationalization,
-            [{"question": a.question.text, "reference": a.question.references[0]} for a in answers],
-        )
-
-    def training_example(self, trajectory: Trajectory) -> tuple[list[int], list[int]]:
-        """The correction prompt's ids, which carry no loss, and the correction's, which do."""
-        prompt = self.correction_prompt(trajectory.question.text, trajectory.initial.text)
-        return prompt, self.target(trajectory.correction)
-
-    def target(self, completion: Completion) -> list[int]:
-        """What a completion teaches: its ids and the end-of-turn token.
-
-        One that was cut at the token limit has no such token: the model is taught what it said, not to stop
-        there.
+        Args:
+            prompt: Name of the prompt.
+            trajectories: Many at a time, which takes much less time than one after another.
         """
-        said = list(completion.token_ids)
-        return [*said, self.end_of_turn] if completion.finished else said
+        return self.render(prompt, [_values(trajectory) for trajectory in trajectories])
 
-    def decode(self, token_ids: tuple[int, ...]) -> str:
-        """The text of a completion."""
-        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
-
-    def _render(self, messages: list[Message], values: Sequence[Mapping[str, str]]) -> list[list[int]]:
+    def render(self, prompt: str, values: Sequence[Mapping[str, str]]) -> list[list[int]]:
+        """Token ids of a prompt, once for each mapping of placeholders to texts."""
         if not values:
             return []
-        conversations = [[_fill(message, of_one) for message in messages] for of_one in values]
+        messages = self.prompts[prompt]
+        conversations = [[_fill(message, texts) for message in messages] for texts in values]
         if not self._keeps_system:
-            conversations = [_fold_system(filled) for filled in conversations]
+            conversations = [_fold_system(conversation) for conversation in conversations]
         try:
             return self.tokenizer.apply_chat_template(
                 conversations, add_generation_prompt=True, tokenize=True, return_dict=False
@@ -147,6 +124,42 @@ class Dialogue:
                 f"the chat template of {self.tokenizer.name_or_path} refuses the messages of data.prompts "
                 f"({error}): change their roles or order."
             ) from error
+
+    def lengths(self, prompt: str, turn: int, questions: Sequence[Question]) -> tuple[list[int], int]:
+        """What is known beforehand of the prompts of a turn.
+
+        Args:
+            prompt: Name of the prompt.
+            turn: Number of the answer that it asks for, from 1.
+            questions: The questions that are asked.
+
+        Returns:
+            The tokens of each question's prompt with empty answers in it, and how many answers it will hold.
+        """
+        unknown = (Answer("", 0, "", (), True, 0.0),) * (turn - 1)
+        prompts = self.ask(prompt, [Trajectory(question, unknown) for question in questions])
+        words = [word for message in self.prompts[prompt] for word in _PLACEHOLDER.findall(message.content)]
+        return list(map(len, prompts)), sum(word in _answer_values(turn) for word in words)
+
+    def example(self, example: Example) -> tuple[list[int], list[int]]:
+        """The prompt's ids, which carry no loss, and the answer's, which do."""
+        if example.prompt not in self.prompts:
+            raise UserError(f"data.prompts has no {example.prompt}: the algorithm learns answers to it.")
+        (prompt,) = self.ask(example.prompt, [example.trajectory.upto(example.turn - 1)])
+        return prompt, self.target(example.answer)
+
+    def target(self, answer: Answer) -> list[int]:
+        """What an answer teaches: its ids and the end-of-turn token.
+
+        An answer that was cut at the token limit has no such token: the model learns its tokens, and not to
+        stop there.
+        """
+        ids = list(answer.token_ids)
+        return [*ids, self.end_of_turn] if answer.finished else ids
+
+    def decode(self, token_ids: tuple[int, ...]) -> str:
+        """The text of an answer."""
+        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
 
     def _template_keeps_system(self) -> bool:
         probe = [{"role": "system", "content": "SYSTEM-PROBE"}, {"role": "user", "content": "x"}]
@@ -173,12 +186,22 @@ class Dialogue:
 
 def _fill(message: Message, values: Mapping[str, str]) -> dict[str, str]:
     # One pass, so that a question which itself contains "{initial_answer}" stays as it is.
-    content = re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), message.content)
+    content = _PLACEHOLDER.sub(lambda match: values.get(match[1], match[0]), message.content)
     return {"role": message.role, "content": content}
 
 
-def _to_correct(question: str, initial_answer: str) -> dict[str, str]:
-    return {"question": question, "initial_answer": initial_answer.strip()}
+def _values(trajectory: Trajectory) -> dict[str, str]:
+    question, texts = trajectory.question, [answer.text.strip() for answer in trajectory.answers]
+    names = _answer_values(len(texts) + 1)
+    values = {"question": question.text, **dict(zip(names, [*texts, *texts[-1:]], strict=True))}
+    return values | {"reference": question.references[0]} if question.references else values
+
+
+def _answer_values(turn: int) -> list[str]:
+    """Names of the placeholders for the answers before a turn."""
+    if turn == 1:
+        return []
+    return [*(f"answer_{number}" for number in range(1, turn)), "initial_answer"]
 
 
 def _fold_system(messages: list[dict[str, str]]) -> list[dict[str, str]]:

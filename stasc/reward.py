@@ -1,13 +1,7 @@
-"""Rewards: how well an answer agrees with the reference answers, and their means over many answers.
+"""Rewards, which compare an answer with the reference answers, and statistics of self-correction.
 
 The paper's reward and primary metric is in-accuracy (section 3, "Evaluation"): 1 if the answer contains a
-reference answer, else 0. Exact match and token F1 stand beside it.
-
-A reward of your own is a subclass of `Reward`, named by its class path in YAML:
-
-    reward:
-      class_path: my_package.SameLength
-      init_args: {marker: "Final Answer:"}
+reference answer, else 0. Exact match and token F1 are available too. To write another one, subclass `Reward`.
 """
 
 from __future__ import annotations
@@ -25,16 +19,17 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from stasc.errors import UserError
+from stasc.trajectory import TRANSITIONS
 
-# An article stands alone between white space and introduces a word. That is asked of the text while it still
-# has its punctuation: in "y-n-a", "U.S.A.", "A) Paris" and "vitamin A." the same letters are no article, and
-# dropping them would make "y-n-z" contain "y-n-a" and "vitamin C" contain "vitamin A".
+# An article is surrounded by white space and followed by a word. It must be found before punctuation is
+# removed: in "y-n-a", "U.S.A.", "A) Paris" and "vitamin A." the letter "a" is no article, and dropping it
+# would make "y-n-z" contain "y-n-a" and "vitamin C" contain "vitamin A".
 _ARTICLE = r"(?<!\S)((?:[^\w\s]|_)*)(?:an?|the)(?=\s+(?:[^\w\s]|_)*\w)"
 _ARTICLES = re.compile(_ARTICLE, re.IGNORECASE)
-_SMALL_ARTICLES = re.compile(_ARTICLE)  # a capital "A" may be a name: "Vitamin A is ..."
+_LOWERCASE_ARTICLES = re.compile(_ARTICLE)  # a capital "A" may be a name: "Vitamin A is ..."
 
-# Common letters that Unicode does not decompose, and what it does not take for punctuation.
-_PLAIN = {
+# Common letters that Unicode does not decompose, and characters that it does not class as punctuation.
+_REPLACEMENTS = {
     "ø": "o",
     "ł": "l",
     "đ": "d",
@@ -48,39 +43,39 @@ _PLAIN = {
 
 
 def normalize(text: str) -> list[str]:
-    """The words of a text, made comparable.
+    """Split a text into normalized words.
 
-    Accents, typographic variants, case and punctuation (ASCII symbols included) do not count, nor do the
-    articles a, an, the. A token is a run of letters, digits and marks, or one other symbol such as "€".
-    So "5" is not "15" and "Paris" not "Parisian", while "1,000" is the two tokens "1" and "000".
+    Accents, typographic variants, case, punctuation (including ASCII symbols) and the articles a, an, the
+    are ignored. A word is a run of letters, digits and marks, or one other symbol such as "€". So "5" differs
+    from "15" and "Paris" from "Parisian", while "1,000" is the two words "1" and "000".
     """
-    return next(_readings(text))
+    return next(_normalizations(text))
 
 
-def _readings(text: str) -> Iterator[list[str]]:
-    """The words of a text without articles, without those that are written small, and with all of them."""
-    text = str.translate(text, _UNACCENTED)  # a TypeError for what is no string
+def _normalizations(text: str) -> Iterator[list[str]]:
+    """The normalized words without articles, without lower-case articles, and with all articles."""
+    text = str.translate(text, _ACCENTS)  # raises TypeError if text is no string
     yield _words(_ARTICLES.sub(r"\1", text))
-    yield _words(_SMALL_ARTICLES.sub(r"\1", text))
+    yield _words(_LOWERCASE_ARTICLES.sub(r"\1", text))
     yield _words(text)
 
 
 def _words(text: str) -> list[str]:
-    return text.casefold().translate(_SPACED).split()
+    return text.casefold().translate(_PUNCTUATION).split()
 
 
 @lru_cache(maxsize=4096)
-def _reference_readings(reference: str) -> tuple[list[str], ...]:
-    """Those of a reference, kept because every completion of its question is compared with it."""
-    return tuple(_readings(reference))
+def _reference_normalizations(reference: str) -> tuple[list[str], ...]:
+    """Cached, because every completion of a question is compared with the same references."""
+    return tuple(_normalizations(reference))
 
 
-def _unaccented(char: str) -> str:
-    # 10² must not become 102, nor 2½ become 21/2.
+def _strip_accents(char: str) -> str:
+    # Keep 10² from becoming 102, and 2½ from becoming 21/2.
     if unicodedata.decomposition(char).startswith(("<super>", "<fraction>")):
         return char
-    # Only the marks of Latin, Greek and Cyrillic are accents: in Hindi, say, a mark is a vowel.
-    # Invisible characters (Cf), such as a soft hyphen, go as well.
+    # Only the combining marks of Latin, Greek and Cyrillic are accents; in Hindi, for example, marks are
+    # vowels. Invisible characters (category Cf), such as the soft hyphen, are removed too.
     return "".join(
         part
         for part in unicodedata.normalize("NFKD", char)
@@ -88,17 +83,17 @@ def _unaccented(char: str) -> str:
     )
 
 
-def _spaced(char: str) -> str:
-    if char in _PLAIN:
-        return _PLAIN[char]
-    kind = unicodedata.category(char)[0]
-    if kind in "LNM":
+def _replace_punctuation(char: str) -> str:
+    if char in _REPLACEMENTS:
+        return _REPLACEMENTS[char]
+    category = unicodedata.category(char)[0]
+    if category in "LNM":
         return char
-    return f" {char} " if kind == "S" and not char.isascii() else " "
+    return f" {char} " if category == "S" and not char.isascii() else " "
 
 
-class _Characters(dict[int, str]):
-    """A table for `str.translate`, which learns what becomes of a character when it first occurs."""
+class _TranslationTable(dict[int, str]):
+    """A table for `str.translate` that computes the replacement of a character when it first occurs."""
 
     def __init__(self, replace: Callable[[str], str]) -> None:
         self._replace = replace
@@ -108,64 +103,85 @@ class _Characters(dict[int, str]):
         return self[code]
 
 
-_UNACCENTED = _Characters(_unaccented)
-_SPACED = _Characters(_spaced)
+_ACCENTS = _TranslationTable(_strip_accents)
+_PUNCTUATION = _TranslationTable(_replace_punctuation)
 
 
 def in_accuracy(prediction: str, references: Sequence[str]) -> float:
-    """1.0 if the words of some reference occur in the prediction, in one piece and in order, else 0.0.
+    """1.0 if the prediction contains the words of a reference, adjacent and in order, else 0.0.
 
-    This is the paper's reward (section 3). Without references, and for a reference without any word
-    (such as "?!"), it is 0.0.
+    This is the paper's reward (section 3). It is 0.0 without references, and a reference without any word
+    (such as "?!") never matches.
     """
-    # Whether a word is an article can be unclear, so they agree if they do in any one of three readings.
-    # A lone "a" is left out of the literal one: nearly every prediction has that word somewhere.
-    readings = map(_reference_readings, _checked(references))
-    for least, said, *wanted in zip((1, 1, 2), _readings(prediction), *readings, strict=True):
-        text = f" {' '.join(said)} "
-        if any(f" {' '.join(words)} " in text for words in wanted if len(words) >= least):
-            return 1.0
+    # Whether a word is an article can be unclear, so a match under any of the three normalizations counts.
+    # The one with all articles skips one-word references: nearly every prediction contains the word "a".
+    normalizations = map(_reference_normalizations, _check_references(references))
+    for min_words, words, *all_reference_words in zip(
+        (1, 1, 2), _normalizations(prediction), *normalizations, strict=True
+    ):
+        text = f" {' '.join(words)} "
+        for reference_words in all_reference_words:
+            if len(reference_words) >= min_words and f" {' '.join(reference_words)} " in text:
+                return 1.0
     return 0.0
 
 
 def exact_match(prediction: str, references: Sequence[str]) -> float:
-    """1.0 if the prediction has the very words of some reference, else 0.0, also without references."""
-    said = normalize(prediction)
-    return float(bool(said) and any(said == normalize(reference) for reference in _checked(references)))
+    """1.0 if the prediction has exactly the words of a reference, else 0.0; 0.0 without references."""
+    words = normalize(prediction)
+    return float(
+        bool(words) and any(words == normalize(reference) for reference in _check_references(references))
+    )
 
 
 def f1(prediction: str, references: Sequence[str]) -> float:
-    """The harmonic mean of word precision and recall, for the best of the references; 0.0 without any."""
-    said = Counter(normalize(prediction))
-    return max((_f1(said, Counter(normalize(reference))) for reference in _checked(references)), default=0.0)
+    """The harmonic mean of word precision and recall for the best reference; 0.0 without references."""
+    words = Counter(normalize(prediction))
+    scores = (_f1(words, Counter(normalize(reference))) for reference in _check_references(references))
+    return max(scores, default=0.0)
 
 
-def _f1(said: Counter[str], wanted: Counter[str]) -> float:
-    shared = (said & wanted).total()
-    return 2 * shared / (said.total() + wanted.total()) if shared else 0.0
+def _f1(words: Counter[str], reference_words: Counter[str]) -> float:
+    shared = (words & reference_words).total()
+    return 2 * shared / (words.total() + reference_words.total()) if shared else 0.0
 
 
-def _checked(references: Sequence[str]) -> Sequence[str]:
-    if isinstance(references, str):  # would be taken as a list of letters, and nearly always match
+def _check_references(references: Sequence[str]) -> Sequence[str]:
+    if isinstance(references, str):  # would be read as a list of letters, and nearly always match
         raise TypeError(f"references must be a list of strings, not the string {references!r}")
     return references
 
 
 def after_marker(text: str, marker: str) -> str:
-    """What follows the first occurrence of ``marker``, in any case; "" where it does not occur."""
+    """The text after the first occurrence of ``marker``, ignoring case; "" if it does not occur."""
     match = re.search(re.escape(marker), text, re.IGNORECASE)
     return text[match.end() :] if match else ""
 
 
 class Reward(ABC):
-    """r(y): agreement of one answer with the reference answers of its question, in [0, 1].
+    """r(y): a score in [0, 1] of an answer, given the reference answers of its question.
 
-    A subclass implements `score` and can then be named in YAML by its class path. Arguments that it
-    declares in ``__init__`` become its ``init_args``; to keep ``marker``, pass it on to this class.
+    A subclass implements `score`. For example, in ``my_package.py``:
+
+        class SameLength(Reward):
+            def __init__(self, slack: int = 0, marker: str | None = None) -> None:
+                super().__init__(marker)
+                self.slack = slack
+
+            def score(self, prediction: str, references: Sequence[str]) -> float:
+                lengths = [abs(len(prediction) - len(reference)) for reference in references]
+                return float(min(lengths, default=math.inf) <= self.slack)
+
+    YAML names it by its class path; its ``__init__`` arguments are its ``init_args``:
+
+        reward:
+          class_path: my_package.SameLength
+          init_args: {slack: 2, marker: "Final Answer:"}
 
     Args:
-        marker: Score only what follows its first occurrence, in any case ("Final Answer:"); an answer
-            without it scores like an empty one. None scores the whole completion, as the paper does.
+        marker: Score only the text after the first occurrence of this marker, such as "Final Answer:",
+            ignoring case. An answer without the marker scores like an empty one. None scores the whole
+            completion, as the paper does.
 
     Raises:
         UserError: The marker is blank.
@@ -184,11 +200,11 @@ class Reward(ABC):
 
     @abstractmethod
     def score(self, prediction: str, references: Sequence[str]) -> float:
-        """The reward, in [0, 1], of what the marker has left of a completion."""
+        """The reward, in [0, 1], of a completion, or of the part after the marker if there is one."""
 
 
 class InAccuracy(Reward):
-    """Whether the answer contains a reference; see `in_accuracy`. The paper's reward."""
+    """1 if the answer contains a reference, else 0; see `in_accuracy`. The paper's reward."""
 
     def score(self, prediction: str, references: Sequence[str]) -> float:
         """1.0 or 0.0."""
@@ -196,7 +212,7 @@ class InAccuracy(Reward):
 
 
 class ExactMatch(Reward):
-    """Whether the answer is a reference; see `exact_match`. Useful only with a marker."""
+    """1 if the answer equals a reference, else 0; see `exact_match`. Useful only with a marker."""
 
     def score(self, prediction: str, references: Sequence[str]) -> float:
         """1.0 or 0.0."""
@@ -204,51 +220,22 @@ class ExactMatch(Reward):
 
 
 class F1(Reward):
-    """How many words the answer shares with a reference; see `f1`. Useful only with a marker."""
+    """Overlap between the words of the answer and a reference; see `f1`. Useful only with a marker."""
 
     def score(self, prediction: str, references: Sequence[str]) -> float:
         """Between 0.0 and 1.0."""
         return f1(prediction, references)
 
 
-class MeanReward(Metric):
-    """The mean reward of answers, each counted once however they are spread over processes.
-
-    Args:
-        reward: Scores one answer.
-        **kwargs: Those of `torchmetrics.Metric`, such as ``sync_on_compute``.
-    """
-
-    full_state_update = False
-    higher_is_better = True
-    total: Tensor
-    count: Tensor
-
-    def __init__(self, reward: Reward, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.reward = reward
-        self.add_state("total", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
-
-    def update(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> None:
-        """Add answers, each with the references of its question; ValueError where the lengths differ."""
-        pairs = zip(predictions, references, strict=True)
-        self.total += sum(self.reward(prediction, accepted) for prediction, accepted in pairs)
-        self.count += len(predictions)
-
-    def compute(self) -> Tensor:
-        """The mean, a float64 scalar; NaN without answers, for 0 would read as "all wrong"."""
-        return self.total / self.count
-
-
 class SelfCorrection(Metric):
-    """What corrections did to initial answers, counted over pairs (y1, y2) with rewards (r1, r2).
+    """Mean rewards and transitions over pairs of an initial answer and its correction.
 
-    The means are the paper's r(Y1) and r(Y2) (section 3); the four counts tell what lies between them.
+    The means are the paper's r(Y1) and r(Y2) (section 3); the transitions count how right and wrong answers
+    changed. Each pair counts once, however pairs are distributed over processes.
 
     Args:
-        threshold: An answer is right when its reward is at least this.
-        **kwargs: Those of `torchmetrics.Metric`, such as ``sync_on_compute``.
+        threshold: An answer is right if its reward is at least this.
+        **kwargs: Arguments of `torchmetrics.Metric`, such as ``sync_on_compute``.
     """
 
     full_state_update = False
@@ -259,31 +246,23 @@ class SelfCorrection(Metric):
         super().__init__(**kwargs)
         self.threshold = threshold
         self.add_state("totals", torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")
-        # Row: was the initial answer right; column: is the correction.
+        # Row: whether the initial answer is right; column: whether the correction is.
         self.add_state("outcomes", torch.zeros(2, 2, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, r1: Sequence[float], r2: Sequence[float]) -> None:
-        """Add pairs of rewards; ValueError where the lengths differ."""
+        """Add pairs of rewards; raises ValueError if the lengths differ."""
         rewards = torch.tensor([r1, r2], dtype=torch.float64, device=self.device)
-        was_right, is_right = (rewards >= self.threshold).long()
+        right1, right2 = (rewards >= self.threshold).long()
         self.totals += rewards.sum(dim=1)
-        self.outcomes += torch.bincount(2 * was_right + is_right, minlength=4).view(2, 2)
+        self.outcomes += torch.bincount(2 * right1 + right2, minlength=4).view(2, 2)
 
     def compute(self) -> dict[str, Tensor]:
-        """Scalars: the means ``r1`` and ``r2`` (float64, NaN without pairs) and five int64 counts.
+        """The means ``r1`` and ``r2`` (float64 scalars, NaN without pairs), and int64 counts.
 
-        The counts are ``wrong_to_right``, ``right_to_wrong``, ``right_to_right``, ``wrong_to_wrong``
-        and their sum ``count``.
+        The counts are those of `TRANSITIONS` and their sum ``count``.
         """
         count = self.outcomes.sum()
         r1, r2 = self.totals / count
         (wrong_to_wrong, wrong_to_right), (right_to_wrong, right_to_right) = self.outcomes
-        return {
-            "r1": r1,
-            "r2": r2,
-            "wrong_to_right": wrong_to_right,
-            "right_to_wrong": right_to_wrong,
-            "right_to_right": right_to_right,
-            "wrong_to_wrong": wrong_to_wrong,
-            "count": count,
-        }
+        transitions = (wrong_to_right, right_to_wrong, right_to_right, wrong_to_wrong)
+        return {"r1": r1, "r2": r2, **dict(zip(TRANSITIONS, transitions, strict=True)), "count": count}

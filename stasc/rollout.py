@@ -4,131 +4,101 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
-import torch.distributed as dist
 from tqdm.auto import tqdm
 
+from stasc import processes
+from stasc.algorithm import Turn
 from stasc.errors import UserError
-from stasc.journal import Journal
 from stasc.prompting import Dialogue
 from stasc.reward import Reward
 from stasc.sampling import Draw, Request, Sampler, Sampling
-from stasc.trajectory import Completion, InitialAnswer, Question, Trajectory
+from stasc.sampling.journal import Journal
+from stasc.trajectory import Answer, Question, Trajectory
 
-Scored = tuple[Completion, float]
-"""A completion and its reward."""
+_TITLES = {"initial": "initial answers", "correction": "corrections"}
 
 
 class Rollout:
-    """Samples both turns of a self-correction from whatever weights the sampler holds.
+    """Samples the next answer of trajectories from the weights that the sampler holds.
 
-    With several training processes each samples its own share of the prompts and all get all of the
-    results, so every method is a collective call.
+    With several training processes each samples its share of the prompts and all get all of the results, so
+    ``ask`` is a collective call.
 
     Args:
         sampler: Started, with weights loaded.
         dialogue: Renders the prompts.
-        reward: Scores completions, as they come from the engine.
-        seed: Of the run. Every draw follows from it, the stage, the question and the draw's number alone.
-        context: Tokens that a prompt and its completion can take together.
-        journals: Folder for the draws of a stage under way, where a restart finds them.
+        reward: Scores answers, as they come from the engine.
+        seed: Of the run. Every draw follows from it, the stage, the prompt's name, the question and the
+        numbers
+            of the answers before.
+        context: Tokens that a prompt and its answer can take together.
     """
 
-    def __init__(
-        self,
-        sampler: Sampler,
-        dialogue: Dialogue,
-        reward: Reward,
-        seed: int,
-        context: int,
-        journals: Path | None = None,
-    ) -> None:
+    def __init__(self, sampler: Sampler, dialogue: Dialogue, reward: Reward, seed: int, context: int) -> None:
         self.sampler = sampler
         self.dialogue = dialogue
         self.reward = reward
         self.seed = seed
         self.context = context
-        self.journals = journals
 
-    def initial_answers(
-        self, questions: Sequence[Question], n_init: int, sampling: Sampling, stage: str
-    ) -> list[InitialAnswer]:
-        """Step 1: ``n_init`` initial answers for each question, in the order of the questions."""
-        prompts = self.dialogue.initial_prompts([question.text for question in questions])
-        requests = [
-            Request(prompt, n_init, self._seed(stage, "initial", question.id))
-            for question, prompt in zip(questions, prompts, strict=True)
-        ]
-        scored = self._complete(
-            requests, [q.references for q in questions], sampling, f"{stage}: initial answers"
-        )
-        return [
-            InitialAnswer(question, j, initial, r1)
-            for question, answers in zip(questions, scored, strict=True)
-            for j, (initial, r1) in enumerate(answers)
-        ]
-
-    def corrections(
+    def ask(
         self,
-        answers: Sequence[InitialAnswer],
-        n_corr: int,
+        trajectories: Sequence[Trajectory],
+        turn: Turn,
         sampling: Sampling,
         stage: str,
-        *,
-        asks: Callable[[InitialAnswer], bool] = lambda answer: True,
-        prompts: Callable[[Sequence[InitialAnswer]], list[list[int]]] | None = None,
+        journal: Callable[[str], Journal] | None = None,
     ) -> list[Trajectory]:
-        """Step 2: ``n_corr`` corrections for each initial answer, in the order of the answers.
+        """Each trajectory with one more answer, ``turn.samples`` times, in the order of the trajectories.
+
+        Trajectories that the turn does not ask come back once, as they are. Those of one question that lead
+        to the same prompt share one request, and still get draws of their own.
 
         Args:
-            answers: Initial answers.
-            n_corr: Corrections of each.
+            trajectories: Questions, or what they have been answered so far.
+            turn: The prompt, the number of draws, and who is asked.
             sampling: How they are drawn.
-            stage: Part of what the draws follow from.
-            asks: Whether an answer asks for corrections; one that does not stands as its own.
-            prompts: Renders what is asked; by default the correction prompt.
+            stage: Name of the stage, from which the seeds follow.
+            journal: Makes the journal of a stage, from which draws are read and to which they are written.
         """
-        asking = [answer for answer in answers if asks(answer)]
-        rendered = (prompts or self.dialogue.correction_prompts)(asking)
-        alike = self._alike(asking, rendered, sampling, stage)
-        requests = [
-            Request(prompt, n_corr * len(group), self._seed(stage, "correction", question_id, group[0].j))
-            for (question_id, prompt), group in alike.items()
-        ]
-        references = [group[0].question.references for group in alike.values()]
-        corrections: dict[tuple[str, int], list[Scored]] = {}
-        drawn = self._complete(requests, references, sampling, f"{stage}: corrections")
-        for group, scored in zip(alike.values(), drawn, strict=True):
-            for at, answer in enumerate(group):
-                own = scored[at * n_corr : (at + 1) * n_corr]
-                corrections[answer.question.id, answer.j] = own
-        return [
-            Trajectory(answer.question, answer.j, k, answer.initial, correction, answer.r1, r2)
-            for answer in answers
-            for k, (correction, r2) in enumerate(
-                corrections.get((answer.question.id, answer.j), [(answer.initial, answer.r1)])
-            )
-        ]
+        asked = [trajectory for trajectory in trajectories if turn.asks(trajectory)]
+        groups: dict[tuple[str, tuple[int, ...]], list[Trajectory]] = {}
+        for trajectory, prompt in zip(asked, self.dialogue.ask(turn.prompt, asked), strict=True):
+            self._check_length(prompt, turn, trajectory.question, sampling, stage)
+            groups.setdefault((trajectory.question.id, tuple(prompt)), []).append(trajectory)
+        requests, questions = [], []
+        for (_, prompt), group in groups.items():
+            seed = self._seed(stage, turn.prompt, group[0].question.id, *group[0].path)
+            requests.append(Request(prompt, turn.samples * len(group), seed))
+            questions.append(group[0].question)
+        title = f"{stage}: {_TITLES.get(turn.prompt, turn.prompt)}"
+        scored = self._complete(requests, questions, sampling, title, journal and journal(title))
+        answers: dict[tuple[str, tuple[int, ...]], list[tuple[Draw, str, float]]] = {}
+        for group, drawn in zip(groups.values(), scored, strict=True):
+            for i, trajectory in enumerate(group):
+                share = drawn[i * turn.samples : (i + 1) * turn.samples]
+                answers[trajectory.question.id, trajectory.path] = share
+        extended = []
+        for trajectory in trajectories:
+            drawn = answers.get((trajectory.question.id, trajectory.path))
+            if drawn is None:
+                extended.append(trajectory)
+                continue
+            for number, (draw, text, reward) in enumerate(drawn):
+                answer = Answer(turn.prompt, number, text, draw.token_ids, draw.finished, reward)
+                extended.append(Trajectory(trajectory.question, (*trajectory.answers, answer)))
+        return extended
 
-    def _alike(
-        self,
-        answers: Sequence[InitialAnswer],
-        prompts: Sequence[list[int]],
-        sampling: Sampling,
-        stage: str,
-    ) -> dict[tuple[str, tuple[int, ...]], list[InitialAnswer]]:
-        """Initial answers of one question that say the same share their prompt."""
-        alike: dict[tuple[str, tuple[int, ...]], list[InitialAnswer]] = {}
-        for answer, prompt in zip(answers, prompts, strict=True):
-            if len(prompt) + sampling.max_tokens > self.context:
-                raise UserError(
-                    f"{stage}, question '{answer.question.id}': with its initial answer the correction "
-                    f"prompt is {len(prompt)} tokens long, which leaves no room for max_tokens "
-                    f"{sampling.max_tokens} in {self.context}; lower max_tokens or shorten the prompts."
-                )
-            alike.setdefault((answer.question.id, tuple(prompt)), []).append(answer)
-        return alike
+    def _check_length(
+        self, prompt: list[int], turn: Turn, question: Question, sampling: Sampling, stage: str
+    ) -> None:
+        if len(prompt) + sampling.max_tokens > self.context:
+            raise UserError(
+                f"{stage}, question '{question.id}': with the answers in it the {turn.prompt} prompt is "
+                f"{len(prompt)} tokens long, which leaves no room for max_tokens {sampling.max_tokens} in "
+                f"{self.context}; lower max_tokens or shorten the prompts."
+            )
 
     def _seed(self, *path: str | int) -> int:
         """The seed of one request: 32 bits, all that torch's CPU generator takes in."""
@@ -136,48 +106,60 @@ class Rollout:
         return int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "big")
 
     def _complete(
-        self, requests: Sequence[Request], references: Sequence[Sequence[str]], sampling: Sampling, title: str
-    ) -> list[list[Scored]]:
-        """The completions of every request, each with its reward by the references of its question."""
-        rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        journal = Journal(self.journals, title, rank) if self.journals else None
-        noted = _from_rank_zero(journal.read(requests)) if journal else {}
-        completions = {i: self._score(drawn, references[i]) for i, drawn in noted.items()}
-        share = [i for i in range(len(requests)) if i not in completions][rank::ranks]
-        mine = [requests[i] for i in share]
-        total = sum(request.n for request in mine)
-        own, tokens = {}, 0
-        with tqdm(total=total, desc=title, unit=" completions", disable=rank > 0) as bar:
-            for at, drawn in self.sampler.sample(mine, sampling, self.dialogue.stop_ids):
-                # Scored here, where the engine goes on meanwhile.
-                own[share[at]] = self._score(drawn, references[share[at]])
+        self,
+        requests: Sequence[Request],
+        questions: Sequence[Question],
+        sampling: Sampling,
+        title: str,
+        journal: Journal | None,
+    ) -> list[list[tuple[Draw, str, float]]]:
+        """The draws of every request, each with its text and its reward."""
+        rank = processes.rank()
+        known = processes.from_rank_zero(journal.read(requests) if journal and rank == 0 else {})
+        # Completion i of a request follows from seed + i, so the missing ones are a request as well.
+        missing = {
+            i: Request(request.prompt_ids, request.n - done, request.seed + done)
+            for i, request in enumerate(requests)
+            if (done := len(known.get(i, ()))) < request.n
+        }
+        share = list(missing)[rank :: processes.count()]
+        sampled: dict[int, list[Draw]] = {}
+        scored = {i: self._score(draws, questions[i]) for i, draws in known.items() if i not in missing}
+        mine, tokens = {}, 0
+        with tqdm(
+            total=sum(missing[i].n for i in share),
+            desc=title,
+            unit=" completions",
+            disable=rank > 0 or not share,
+        ) as bar:
+            for at, draws in self.sampler.sample(
+                [missing[i] for i in share], sampling, self.dialogue.stop_ids
+            ):
+                i = share[at]
+                sampled[i] = [*known.get(i, ()), *draws]
+                # Scored here, while the engine samples on.
+                mine[i] = self._score(sampled[i], questions[i])
                 if journal:
-                    journal.add(share[at], mine[at], drawn)
-                tokens += sum(len(draw.token_ids) for draw in drawn)
-                bar.update(len(drawn))
-                said = f"{tokens / max(bar.format_dict['elapsed'], 1e-9):,.0f} tokens/s"
+                    journal.add(requests[i], sampled[i])
+                tokens += sum(len(draw.token_ids) for draw in draws)
+                bar.update(len(draws))
+                rate = f"{tokens / max(bar.format_dict['elapsed'], 1e-9):,.0f} tokens/s"
                 if self.sampler.prefix_hits is not None:
-                    said += f", {self.sampler.prefix_hits:.0%} of prompts cached"
-                bar.set_postfix_str(said, refresh=False)
-        for others in _from_all_ranks(own):
-            completions |= others
-        return [completions[i] for i in range(len(requests))]
+                    rate += f", {self.sampler.prefix_hits:.0%} of prompts cached"
+                bar.set_postfix_str(rate, refresh=False)
+        for others in processes.from_all_ranks(mine):
+            scored |= others
+        return [scored[i] for i in range(len(requests))]
 
-    def _score(self, draws: list[Draw], references: Sequence[str]) -> list[Scored]:
-        completions = [Completion(self.dialogue.decode(draw.token_ids), *draw) for draw in draws]
-        return [(completion, self.reward(completion.text, references)) for completion in completions]
-
-
-def _from_rank_zero(value: dict[int, list[Draw]]) -> dict[int, list[Draw]]:
-    values = [value]
-    if dist.is_initialized():
-        dist.broadcast_object_list(values)
-    return values[0]
-
-
-def _from_all_ranks(value: dict[int, list[Scored]]) -> list[dict[int, list[Scored]]]:
-    if not dist.is_initialized():
-        return [value]
-    values: list[dict[int, list[Scored]]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(values, value)
-    return values
+    def _score(self, draws: Sequence[Draw], question: Question) -> list[tuple[Draw, str, float]]:
+        scored = []
+        for draw in draws:
+            text = self.dialogue.decode(draw.token_ids)
+            reward = self.reward(text, question.references)
+            if not isinstance(reward, int | float) or not 0 <= reward <= 1:  # nan is refused, too
+                raise UserError(
+                    f"the reward {type(self.reward).__name__} gave {reward!r} for an answer to question "
+                    f"'{question.id}': it must give a number from 0 to 1."
+                )
+            scored.append((draw, text, float(reward)))
+        return scored

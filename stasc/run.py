@@ -1,7 +1,7 @@
-"""The run folder: where each box of the algorithm lies, and how it gets there whole or not at all.
+"""The run folder: which file holds what, and how files are written as a whole or not at all.
 
-A stage is done when its file is there. Files and folders are written beside their place, flushed to disk,
-and renamed, so a kill at any moment leaves a stage done or not done.
+A stage of an iteration is done when its file exists. Files and folders are written under a temporary name,
+flushed to disk, and renamed, so a kill at any moment leaves a stage either done or not done.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,54 +20,77 @@ import yaml
 from stasc.errors import UserError
 
 
+class FirstUse:
+    """From where on an option has a part in a run's results.
+
+    Args:
+        *files: Patterns of the first files of a run folder that follow from the option; it may be changed as
+            long as none of them exists. Without any the option changes no result.
+    """
+
+    def __init__(self, *files: str) -> None:
+        self.files = files
+
+    def reached(self, folder: Path) -> bool:
+        """Whether a run has come that far."""
+        return any(True for file in self.files for _ in folder.glob(file))
+
+
+NEVER = FirstUse()
+START = FirstUse("iteration-*/*")
+SECOND_TURN = FirstUse("iteration-01/trajectories.jsonl", "iteration-00/test*.jsonl")
+SELECTION = FirstUse("iteration-01/dataset.jsonl")
+EVALUATION = FirstUse("iteration-00/test*.jsonl")
+TRAINING = FirstUse("iteration-01/training.json", "checkpoints/last.ckpt")
+
+
+@dataclass(frozen=True)
+class SystemRecord:
+    """What a run says of its system, for those who read run folders without the objects that made them.
+
+    Attributes:
+        name: Of the algorithm, such as ``EIF``.
+        iterations: N, as many as were asked for.
+        threshold: t, the reward from which on an answer is right.
+        uses_references: Whether the system sees the references at inference.
+        seed: What all draws follow from.
+        options: All other options that change a result, by dotted name.
+    """
+
+    name: str
+    iterations: int
+    threshold: float
+    uses_references: bool
+    seed: int
+    options: dict[str, Any]
+
+
 class Iteration:
-    """The files of iteration ``n``; iteration 0 is the untrained M_0 and has only the last two."""
+    """The files of iteration ``n``; iteration 0 is the untrained M_0 and has only its evaluation."""
 
     def __init__(self, run_dir: Path, n: int) -> None:
         self.n = n
         self.folder = run_dir / f"iteration-{n:02d}"
-        self.initial = self.folder / "initial.jsonl"
-        """Initial answers of the training questions with their rewards."""
-        self.trajectories = self.folder / "trajectories.jsonl"
-        """All corrections of them, with both rewards."""
         self.dataset = self.folder / "dataset.jsonl"
-        """D_n: the trajectories that the filter kept."""
+        """D_n: what is learnt of the trajectories."""
         self.training = self.folder / "training.json"
         """Rewards of the trajectories, what D_n holds, and how the fine-tuning went."""
         self.probe = self.folder / "probe.json"
-        """What M_n says of a few fixed sequences while it is still in the trainer."""
+        """Log-probabilities of a few fixed sequences under M_n while it is still in the trainer."""
         self.model = self.folder / "model"
         """M_n as a Hugging Face folder."""
-        self.test = self.folder / "test.jsonl"
-        """Answers and corrections of the test questions by M_n."""
         self.test_greedy = self.folder / "test-greedy.jsonl"
-        """The same, greedily."""
+        """Greedy answers of M_n to the test questions, with one correction each."""
         self.metrics = self.folder / "metrics.json"
         """What the curves show for iteration n."""
 
-    def test_round(self, turn: int) -> Path:
-        """Corrections number ``turn`` of the test questions, each of the correction before it."""
-        return self.test if turn == 1 else self.folder / f"test-round-{turn}.jsonl"
+    def answers(self, turn: int) -> Path:
+        """Answers to the training questions after so many turns, with their rewards."""
+        return self.folder / {1: "initial.jsonl", 2: "trajectories.jsonl"}.get(turn, f"turn-{turn}.jsonl")
 
-
-# What may change between two starts of the same run: it has no part in the results.
-_FREE_TO_CHANGE = (
-    "run_dir",
-    "reuse",
-    "ckpt_path",
-    "data.output",
-    "data.predict",
-    "sampler.init_args",
-    "trainer.accelerator",
-    "trainer.callbacks",
-    "trainer.devices",
-    "trainer.enable_",
-    "trainer.log",
-    "trainer.max_epochs",
-    "trainer.num_nodes",
-    "trainer.profiler",
-    "trainer.strategy",
-)
+    def test_answers(self, turn: int) -> Path:
+        """Answers of M_n to the test questions after so many turns; the first two are in one file."""
+        return self.folder / ("test.jsonl" if turn <= 2 else f"test-turn-{turn}.jsonl")
 
 
 class Run:
@@ -75,42 +99,67 @@ class Run:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.config = self.folder / "config.yaml"
+        self.system = self.folder / "system.json"
         self.checkpoints = self.folder / "checkpoints"
         self.last_checkpoint = self.checkpoints / "last.ckpt"
         self.tensorboard = self.folder / "tensorboard"
-        self.journals = self.folder / "under-way"
-        """Draws of the stage under way."""
+        self.draws = self.folder / "draws"
+        """Draws of the stage under way, and all draws of M_0."""
 
     def iteration(self, n: int) -> Iteration:
         """The files of iteration ``n``."""
         return Iteration(self.folder, n)
 
-    def options(self) -> dict[str, Any]:
-        """What the run was started with, by dotted name; nothing if this is no run's folder yet."""
-        return flatten(yaml.safe_load(self.config.read_text())) if self.config.is_file() else {}
-
-    def claim(self, config: dict[str, Any]) -> None:
-        """Make this the folder of a run with ``config``, or find that it is already.
-
-        More iterations than before continue a run.
+    def read_system(self) -> SystemRecord:
+        """The content of ``system.json``.
 
         Raises:
-            UserError: The folder belongs to a run whose results would be others.
+            UserError: The file is missing or damaged.
         """
-        before, now = self.options(), flatten(config)
-        if before:
+        try:
+            return SystemRecord(**json.loads(self.system.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(
+                f"{self.system} cannot be read ({' '.join(str(error).split())}): it is written when a run "
+                "starts, so start the run again with the same command."
+            ) from error
+
+    def claim(
+        self,
+        config: dict[str, Any],
+        system: SystemRecord,
+        first_use: Callable[[str, Any, Any], FirstUse],
+    ) -> None:
+        """Make this the folder of a run with ``config``, or find that it is already.
+
+        Args:
+            config: The whole configuration.
+            system: What there is to say of it.
+            first_use: From where on it matters that an option, by dotted name, was changed from one value to
+                another.
+
+        Raises:
+            UserError: The folder belongs to a run whose results follow from another configuration.
+        """
+        if self.config.is_file():
+            before, now = flatten(yaml.safe_load(self.config.read_text(encoding="utf-8"))), flatten(config)
             for option in sorted(before.keys() | now.keys()):
                 old, new = before.get(option), now.get(option)
-                grows = option == "algorithm.init_args.iterations" and None not in (old, new) and new > old
-                if old != new and not grows and not option.startswith(_FREE_TO_CHANGE):
+                if old != new and first_use(option, old, new).reached(self.folder):
                     typed = option.replace(".init_args", "").removesuffix(".class_path")
                     raise UserError(
                         f"{self.folder} holds a run with another --{typed} ({old}, now {new}): "
                         "choose another --run_dir, or remove that folder."
                     )
+            if not self.system.is_file() and START.reached(self.folder):
+                raise UserError(
+                    f"{self.folder} holds a run of an earlier version of stasc: choose another --run_dir, or "
+                    "remove that folder."
+                )
         elif self.folder.is_dir() and any(self.folder.glob("iteration-*")):
             raise UserError(f"{self.folder} holds a run without its config.yaml: choose another --run_dir.")
         write_lines(self.config, yaml.safe_dump(config, sort_keys=False, allow_unicode=True).splitlines())
+        write_json(self.system, vars(system))
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -136,15 +185,14 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
     _sync(path.parent)
 
 
-def copy_file(source: Path, path: Path) -> None:
-    """Copy a text file as a whole or not at all."""
-    with source.open(encoding="utf-8", newline="\n") as lines:
-        write_lines(path, (line.removesuffix("\n") for line in lines))
-
-
 def write_json(path: Path, value: Any) -> None:
     """Write a readable JSON file as a whole or not at all."""
     write_lines(path, [json.dumps(value, indent=2)])
+
+
+def read_json(path: Path) -> Any:
+    """What ``write_json`` wrote."""
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 @contextmanager

@@ -1,7 +1,8 @@
-"""The records of the algorithm and their JSONL files.
+"""Questions, answers, trajectories and examples: the records of the algorithm and their JSONL files.
 
-Notation of the paper (section 2.2.1): x is a question, y1 an initial answer, y2 a correction of y1,
-r(y) the reward of an answer. A trajectory is (x, y1, y2) with both rewards.
+In the paper's notation (section 2.2.1) x is a question, y1 an initial answer, y2 a correction of it, and r(y)
+the reward of an answer. A trajectory is a question with a chain of answers, each of which corrects the one
+before; the paper's have two.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
+
+TRANSITIONS = ("wrong_to_right", "right_to_wrong", "right_to_right", "wrong_to_wrong")
+"""What a correction can do to an initial answer."""
 
 
 @dataclass(frozen=True)
@@ -27,90 +31,137 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Completion:
-    """What a model wrote in one turn.
+class Answer:
+    """What a model wrote in one turn, and its reward.
 
-    ``token_ids`` are the sampled ids without the token that ended the turn; ``finished`` says whether
-    there was one: a completion that was cut at the token limit has ``finished=False``.
+    Attributes:
+        prompt: Name of the prompt that asked for it, such as ``initial`` or ``correction``.
+        number: Which of the draws of its prompt this is, from 0.
+        text: The answer as text.
+        token_ids: The sampled ids, without the token that ended the turn.
+        finished: Whether there was such a token; False where the answer was cut at the token limit.
+        reward: r(y).
     """
 
+    prompt: str
+    number: int
     text: str
     token_ids: tuple[int, ...]
     finished: bool
-
-
-@dataclass(frozen=True)
-class InitialAnswer:
-    """Initial answer y1 number ``j`` (from 0) of a question, with its reward r1."""
-
-    question: Question
-    j: int
-    initial: Completion
-    r1: float
+    reward: float
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """Correction y2 number ``k`` (from 0) of initial answer ``j`` of a question, with both rewards."""
+    """A question and a chain of answers y1, y2, ..., each of which corrects the one before.
+
+    A chain may be shorter than others of its system where an answer was not asked to be corrected; that
+    answer then stands. A trajectory without answers is a question that has not been asked yet.
+    """
 
     question: Question
-    j: int
-    k: int
-    initial: Completion
-    correction: Completion
-    r1: float
-    r2: float
+    answers: tuple[Answer, ...] = ()
+
+    @property
+    def turn(self) -> int:
+        """How many answers there are."""
+        return len(self.answers)
+
+    @property
+    def path(self) -> tuple[int, ...]:
+        """The numbers of its answers: (j, k) is correction k of initial answer j."""
+        return tuple(answer.number for answer in self.answers)
+
+    def after(self, turn: int) -> Answer:
+        """The answer that stands after so many turns, counted from 1."""
+        return self.answers[min(turn, self.turn) - 1]
+
+    def reward(self, turn: int) -> float:
+        """The reward of the answer that stands after so many turns."""
+        return self.after(turn).reward
+
+    def upto(self, turn: int) -> Trajectory:
+        """The first so many answers of the chain."""
+        return Trajectory(self.question, self.answers[:turn])
+
+    def learn(self, turn: int | None = None, prompt: str | None = None, weight: float = 1.0) -> Example:
+        """One of the answers as a training example.
+
+        Args:
+            turn: Which answer is learnt, counted from 1; by default the last.
+            prompt: The prompt that it is learnt for; by default the one that asked for it.
+            weight: Factor of the loss of each of its tokens; below 0 it is unlearnt.
+        """
+        turn = turn or self.turn
+        return Example(self, turn, prompt or self.answers[turn - 1].prompt, float(weight))
 
 
-def to_json(record: InitialAnswer | Trajectory) -> str:
+@dataclass(frozen=True)
+class Example:
+    """A member of D_n: a trajectory, and which of its answers is learnt, for which prompt, how strongly.
+
+    The prompt is rendered with the answers before ``turn``.
+    """
+
+    trajectory: Trajectory
+    turn: int
+    prompt: str
+    weight: float = 1.0
+
+    @property
+    def answer(self) -> Answer:
+        """The answer that is learnt."""
+        return self.trajectory.answers[self.turn - 1]
+
+
+Record = TypeVar("Record", Trajectory, Example)
+
+
+def to_json(record: Trajectory | Example) -> str:
     """One line of JSONL; the same record always gives the same bytes."""
-    return json.dumps(record, default=vars, ensure_ascii=False)
+    fields: dict[str, Any] = {}
+    if isinstance(record, Example):
+        fields["learn"] = {"turn": record.turn, "prompt": record.prompt, "weight": record.weight}
+        record = record.trajectory
+    fields |= {"turn": record.turn, **vars(record)}
+    return json.dumps(fields, default=vars, ensure_ascii=False)
 
 
-def from_json(line: str) -> InitialAnswer | Trajectory:
+def from_json(line: str) -> Trajectory | Example:
     """The record that ``to_json`` wrote as ``line``."""
     fields: dict[str, Any] = json.loads(line)
-    question = fields.pop("question")
-    fields["question"] = Question(question["id"], question["text"], tuple(question["references"]))
-    for turn in ("initial", "correction"):
-        if turn in fields:
-            said = fields[turn]
-            fields[turn] = Completion(said["text"], tuple(said["token_ids"]), said["finished"])
-    return Trajectory(**fields) if "correction" in fields else InitialAnswer(**fields)
-
-
-Record = TypeVar("Record", InitialAnswer, Trajectory)
+    question = fields["question"]
+    trajectory = Trajectory(
+        Question(question["id"], question["text"], tuple(question["references"])),
+        tuple(Answer(**{**answer, "token_ids": tuple(answer["token_ids"])}) for answer in fields["answers"]),
+    )
+    return Example(trajectory, **fields["learn"]) if "learn" in fields else trajectory
 
 
 class Records(Sequence[Record], Generic[Record]):
-    """The initial answers or trajectories of a file that this program wrote.
+    """The trajectories or examples of a file that this program wrote.
 
-    They are read when they are asked for; in memory there is only where each line begins (8 bytes).
+    Lines are parsed when they are asked for; only the offset of each (8 bytes) is held in memory.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._begins = array("q")
-        at = 0
+        self._offsets = array("q")
+        offset = 0
         with path.open("rb") as lines:
             for line in lines:
-                self._begins.append(at)
-                at += len(line)
+                self._offsets.append(offset)
+                offset += len(line)
 
     def __len__(self) -> int:
-        return len(self._begins)
+        return len(self._offsets)
 
     def __getitem__(self, index: int) -> Record:
         with self.path.open("rb") as lines:
-            lines.seek(self._begins[index])
+            lines.seek(self._offsets[index])
             return from_json(lines.readline().decode())
 
     def __iter__(self) -> Iterator[Record]:
-        with self.path.open(encoding="utf-8") as lines:
+        with self.path.open(encoding="utf-8", newline="\n") as lines:
             for line in lines:
                 yield from_json(line)
-
-
-def read_records(path: Path) -> list[Any]:
-    """All records of a file at once."""
-    return list(Records(path))

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,11 @@ from tokenizers import AddedToken
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import Phi3Config, Phi3ForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
+from stasc.trajectory import Answer, Question, Trajectory
+
 ROOT = Path(__file__).parent.parent
+
+torch.set_num_threads(1)  # tiny models, and two test processes on few cores
 
 QWEN_TEMPLATE = (
     "{%- if messages[0]['role'] == 'system' %}"
@@ -48,6 +53,24 @@ TEMPLATES = {
     "phi3": (PHI3_TEMPLATE, "<|endoftext|>", ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]),
     "no-system": (NO_SYSTEM_TEMPLATE, "<eos>", ["<turn>", "</turn>"]),
 }
+
+
+def answer(
+    text: str = "",
+    reward: float = 0.0,
+    number: int = 0,
+    prompt: str = "initial",
+    token_ids: Sequence[int] = (),
+    finished: bool = True,
+) -> Answer:
+    """An answer of which a test says only what matters to it."""
+    return Answer(prompt, number, text, tuple(token_ids), finished, reward)
+
+
+def corrected(question: Question, *answers: Answer) -> Trajectory:
+    """A trajectory whose later answers are corrections."""
+    first, *others = answers
+    return Trajectory(question, (first, *(replace(other, prompt="correction") for other in others)))
 
 
 def tiny_tokenizer(kind: str, phrases: Sequence[str] = ()) -> Qwen2Tokenizer:
@@ -174,6 +197,6 @@ def events(run: Path) -> EventAccumulator:
 
 
 def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
-    """TensorBoard's scalars as points (step, value)."""
+    """TensorBoard's scalars as points (step, value) in order, whatever the order of the files."""
     found = events(run)
-    return {tag: [(e.step, e.value) for e in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+    return {tag: sorted((e.step, e.value) for e in found.Scalars(tag)) for tag in found.Tags()["scalars"]}

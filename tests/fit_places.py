@@ -1,4 +1,4 @@
-"""Trains on the processes of a strategy, for every accumulation and kind of batch, and records the steps.
+"""Trains on the processes of a strategy with every accumulation and kind of batch, and records the steps.
 
 Usage: python fit_places.py STRATEGY MODEL OUTPUT
 """
@@ -11,12 +11,12 @@ from cpu_fsdp import CPUFSDPStrategy
 from test_training import KINDS, PROMPTS, fit
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
-from stasc import likelihood
 from stasc.prompting import Dialogue
+from stasc.training import loss
 
 if __name__ == "__main__":
     strategy, model, output = sys.argv[1:]
-    likelihood.LOGITS = 1000  # so that even a tiny model has several chunks
+    loss.MAX_LOGITS = 1000  # so that even a tiny model has several chunks
     for accumulate in (1, 2, 4):
         for kind, options in KINDS.items():
             fit(

@@ -1,34 +1,32 @@
-"""The choices of every system, the filters against their definitions, and the records' files."""
+"""The choices of every system, and the filters against their definitions."""
 
 import itertools
 import random
+import re
 
 import pytest
+from conftest import ROOT, answer, corrected
 
-from stasc.algorithm import Reflexion, SelfRefine, STaR, STaSC
+from stasc.algorithm import VARIANTS, Algorithm, Reflexion, SelfRefine, STaR, STaSC, Turn
 from stasc.errors import UserError
 from stasc.filtering import improves, stays_right
-from stasc.trajectory import (
-    Completion,
-    InitialAnswer,
-    Question,
-    Records,
-    Trajectory,
-    from_json,
-    read_records,
-    to_json,
-)
+from stasc.run import START
+from stasc.trajectory import Question, Trajectory
 
-QUESTION = Question("q1", "Où est “Paris”?\n", ("France", "la France"))
-SAID = Completion("Final Answer: Fränce\n", (5, 6, 7), True)
+QUESTION = Question("q1", "Where?", ("France",))
+REWARDS = [(r1, r2) for r1 in (0.0, 0.5, 1.0) for r2 in (0.0, 0.5, 1.0)]
 
 
 def trajectory(r1: float, r2: float) -> Trajectory:
-    return Trajectory(QUESTION, 0, 0, SAID, SAID, r1, r2)
+    return corrected(QUESTION, answer("a", r1), answer("b", r2))
 
 
-def kept(algorithm, trajectories) -> list[tuple[float, float]]:
-    return [(t.r1, t.r2) for t in algorithm.select(trajectories)]
+def kept(algorithm, trajectories) -> list[tuple[float, ...]]:
+    return [tuple(a.reward for a in e.trajectory.answers) for e in algorithm.select(trajectories)]
+
+
+def test_there_are_eight_variants_in_the_order_of_the_papers_table():
+    assert VARIANTS == ("FIF", "FIE", "FNF", "FNE", "EIF", "EIE", "ENF", "ENE")
 
 
 @pytest.mark.parametrize("letters", list(itertools.product("EF", "IN", "EF")))
@@ -50,14 +48,16 @@ def test_stasc_without_corrections_is_refused():
         STaSC(n_corr=0)
 
 
-def test_iterations_are_counted_from_the_epochs_done():
-    algorithm = STaSC(iterations=3, epochs=2)
-    assert [algorithm.iteration(done) for done in range(8)] == [1, 1, 2, 2, 3, 3, 3, 3]
+def test_turns_are_an_initial_answer_and_its_corrections():
+    algorithm = STaSC(n_init=3, n_corr=5, rounds=2)
+    assert [(turn.prompt, turn.samples) for turn in algorithm.turns] == [("initial", 3), ("correction", 5)]
+    asked = [(turn.prompt, turn.samples) for turn in algorithm.test_turns(4)]
+    assert asked == [("initial", 4), ("correction", 1), ("correction", 1)]
+    assert algorithm.learns == {"correction"}
 
 
 def test_improving_keeps_strict_gains_and_non_decreasing_also_what_stays_right():
-    rewards = [(r1, r2) for r1 in (0.0, 0.5, 1.0) for r2 in (0.0, 0.5, 1.0)]
-    trajectories = [trajectory(r1, r2) for r1, r2 in rewards]
+    trajectories = [trajectory(r1, r2) for r1, r2 in REWARDS]
     assert kept(STaSC("EIE"), trajectories) == [(0.0, 0.5), (0.0, 1.0), (0.5, 1.0)]
     assert kept(STaSC("ENE"), trajectories) == [(0.0, 0.5), (0.0, 1.0), (0.5, 1.0), (1.0, 1.0)]
     low = kept(STaSC("ENE", threshold=0.5), trajectories)
@@ -66,12 +66,20 @@ def test_improving_keeps_strict_gains_and_non_decreasing_also_what_stays_right()
     assert not any(improves(t) and stays_right(t, 0.0) for t in trajectories)
 
 
+def test_an_answer_that_was_not_corrected_is_no_correction_to_learn():
+    assert kept(STaSC("ENE"), [Trajectory(QUESTION, (answer("a", 1.0),))]) == []
+
+
+def test_what_is_learnt_is_the_correction_with_weight_one():
+    (example,) = STaSC().select([trajectory(0, 1)])
+    assert (example.turn, example.prompt, example.weight) == (2, "correction", 1.0)
+
+
 @pytest.mark.parametrize("variant", ["EIF", "ENF"])
 def test_as_released_the_retained_set_is_that_of_the_releases_rule(variant):
     rng = random.Random(0)
-    said = {j: Completion(f"first {j}", (j,), True) for j in range(3)}
     trajectories = [
-        Trajectory(Question(f"{q}", "?", ("a",)), j, k, said[j], Completion(f"{j}.{k}", (9,), True), r1, r2)
+        corrected(Question(f"{q}", "?", ("a",)), answer(f"first {j}", r1, j), answer(f"{j}.{k}", r2, k))
         for q in range(40)
         for j in range(3)
         for r1 in [float(rng.random() < 0.5)]
@@ -80,42 +88,58 @@ def test_as_released_the_retained_set_is_that_of_the_releases_rule(variant):
     ]
     expected = set()  # every initial answer with every correction; D+ or, for Non-decreasing, D= alone
     for q in range(40):
-        own = [t for t in trajectories if t.question.id == f"{q}"]
-        for first, second in itertools.product(own, own):
-            good = first.r1 < second.r2 if variant == "EIF" else first.r1 == second.r2 == 1
-            if good:
-                expected.add((f"{q}", first.initial.text, second.correction.text))
-    found = list(STaSC(variant, pair_all=True, only_equal=True).select(trajectories))
-    pairs = [(t.question.id, t.initial.text, t.correction.text) for t in found]
+        of_question = [t for t in trajectories if t.question.id == f"{q}"]
+        for first, second in itertools.product(of_question, of_question):
+            r1, r2 = first.reward(1), second.reward(2)
+            if r1 < r2 if variant == "EIF" else r1 == r2 == 1:
+                expected.add((f"{q}", first.after(1).text, second.after(2).text))
+    found = [e.trajectory for e in STaSC(variant, pair_all=True, only_equal=True).select(trajectories)]
+    pairs = [(t.question.id, t.after(1).text, t.after(2).text) for t in found]
     assert len(pairs) == len(set(pairs))
     assert set(pairs) == expected
-    assert len({(t.question.id, t.j, t.k) for t in found}) == len(found)
+    assert len({(t.question.id, t.path) for t in found}) == len(found)
     assert len(expected) > len(list(STaSC(variant, only_equal=True).select(trajectories)))
 
 
-def test_star_keeps_what_ends_right_and_always_starts_from_m0():
-    algorithm = STaR(n_corr=0)
-    trajectories = [trajectory(r1, r2) for r1 in (0, 1) for r2 in (0, 1)]
-    assert kept(algorithm, trajectories) == [(0, 1), (1, 1)]
+def test_star_keeps_what_ends_right_as_a_first_answer_and_always_starts_from_m0():
+    algorithm = STaR(n_corr=2)
+    alone = Trajectory(QUESTION, (answer("a", 1.0),))
+    examples = list(algorithm.select([*(trajectory(0, r2) for r2 in (0, 1)), alone]))
+    assert [(e.trajectory.turn, e.turn, e.prompt) for e in examples] == [(2, 2, "initial"), (1, 1, "initial")]
     assert [(algorithm.initial_model(n), algorithm.base_model(n)) for n in (1, 4)] == [(0, 0), (3, 0)]
-    assert algorithm.prompts == ("initial", "correction")
-    assert STaR(n_corr=1).prompts == ("initial", "correction", "rationalization")
+    hinted = algorithm.turns[1]
+    assert (hinted.prompt, hinted.samples, hinted.asks(alone)) == ("rationalization", 2, False)
+    assert hinted.asks(Trajectory(QUESTION, (answer("a", 0.0),)))
+    assert [turn.prompt for turn in STaR(n_corr=0).turns] == ["initial"]
+    assert algorithm.learns == {"initial"}
 
 
 def test_only_the_oracle_asks_the_reward_before_it_goes_on():
-    right, wrong = (InitialAnswer(QUESTION, 0, SAID, r) for r in (1.0, 0.0))
-    assert [SelfRefine().asks_again(a) for a in (right, wrong)] == [True, True]
-    assert [Reflexion().asks_again(a) for a in (right, wrong)] == [False, True]
-    assert (SelfRefine().iterations, Reflexion(rounds=5).rounds) == (0, 5)
+    right, wrong = (Trajectory(QUESTION, (answer("a", r),)) for r in (1.0, 0.0))
+    for system, asked in ((SelfRefine(), [True, True]), (Reflexion(), [False, True])):
+        for turn in system.test_turns(1)[1:]:
+            assert [turn.asks(t) for t in (right, wrong)] == asked
+    assert (SelfRefine().iterations, len(Reflexion(rounds=5).test_turns(1))) == (0, 6)
+    assert [system.uses_references for system in (STaSC(), SelfRefine(), Reflexion())] == [False, False, True]
 
 
-def test_records_come_back_from_their_files(tmp_path):
-    records = [trajectory(0.0, 1.0), InitialAnswer(QUESTION, 3, SAID, 0.25), trajectory(1.0, 0.5)]
-    assert [from_json(to_json(record)) for record in records] == records
-    path = tmp_path / "records.jsonl"
-    path.write_text("".join(to_json(record) + "\n" for record in records), encoding="utf-8")
-    assert read_records(path) == records
-    found = Records(path)
-    assert (len(found), found[2], found[0], found[-1]) == (3, records[2], records[0], records[2])
-    with pytest.raises(IndexError):
-        found[3]
+def test_the_readmes_own_system():
+    readme = (ROOT / "README.md").read_text()
+    code = re.search(r"```python\n(class ThirdLook.*?)```", readme, re.DOTALL)[1]
+    scope = {"Algorithm": Algorithm, "Turn": Turn, "improves": improves}
+    exec(code, scope)
+    system = scope["ThirdLook"](n_init=2)
+    assert [turn.prompt for turn in system.turns] == ["initial", "correction", "third_look"]
+    chain = [answer("a", 1.0), answer("b", 0.0), answer("c", 1.0)]
+    trajectories = [corrected(QUESTION, *chain[:length]) for length in (2, 3)]
+    assert [system.turns[2].asks(trajectory) for trajectory in trajectories] == [True, False]
+    learnt = [(example.answer.text, example.weight) for example in system.select(trajectories)]
+    assert learnt == [("c", 1.0), ("b", -0.2)]
+
+
+def test_more_iterations_matter_after_those_that_are_done():
+    algorithm = STaSC()
+    assert algorithm.first_use("iterations", 2, 5).files == ("iteration-03",)
+    assert algorithm.first_use("iterations", 5, 2).files == ("iteration-03",)
+    assert algorithm.first_use("n_init", 1, 2) is START
+    assert algorithm.first_use("an option of a user's system", 1, 2) is START

@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ROOT, curves, demo_fit, tiny_tokenizer
+from conftest import ROOT, answer, corrected, curves, demo_fit, tiny_tokenizer
 
 from data import demo
 from stasc.algorithm import STaR
-from stasc.pretrained import load_tokenizer
-from stasc.prompting import Dialogue, Message, Prompts
-from stasc.trajectory import Completion, Question, Trajectory, read_records
+from stasc.model_folder import ModelFolder
+from stasc.prompting import Dialogue, Message
+from stasc.trajectory import Question, Records
+
+pytestmark = pytest.mark.slow
 
 SMALL = {"train": 40, "test": 30}
 
@@ -32,8 +34,8 @@ def metrics(folder: Path, n: int) -> dict:
     return json.loads((folder / f"iteration-{n:02d}/metrics.json").read_text())
 
 
-def records(folder: Path, n: int, name: str):
-    return read_records(folder / f"iteration-{n:02d}/{name}.jsonl")
+def records(folder: Path, n: int, name: str) -> list:
+    return list(Records(folder / f"iteration-{n:02d}/{name}.jsonl"))
 
 
 # ---------------------------------------------------------------- STaR
@@ -44,40 +46,45 @@ def test_star_learns_right_first_answers_and_rationalises_wrong_ones(stasc, tmp_
     for n in (1, 2):
         trajectories = records(folder, n, "trajectories")
         assert len(trajectories) == 2 * SMALL["train"]
-        right = [t for t in trajectories if t.r1 == 1]
-        assert right
-        assert all((t.correction, t.r2) == (t.initial, 1) for t in right)
-        assert sum(t.correction != t.initial for t in trajectories if t.r1 < 1) > 0
-        assert records(folder, n, "dataset") == [t for t in trajectories if t.r2 == 1]
+        assert {t.turn for t in trajectories if t.reward(1) == 1} == {1}
+        assert {t.answers[-1].prompt for t in trajectories if t.reward(1) < 1} == {"rationalization"}
+        right = [t.learn(prompt="initial") for t in trajectories if t.reward(2) == 1]
+        assert records(folder, n, "dataset") == right
         assert metrics(folder, n)["dataset"]["size"] == len(records(folder, n, "dataset"))
 
 
 def test_star_without_rationalisation_learns_first_answers_alone(stasc, tmp_path):
     folder = run(stasc, tmp_path, "--algorithm.n_corr", 0, iterations=1, overlay="star")
-    trajectories = records(folder, 1, "trajectories")
-    assert all((t.correction, t.r2) == (t.initial, t.r1) for t in trajectories)
-    assert records(folder, 1, "dataset") == [t for t in trajectories if t.r1 == 1]
+    answers = records(folder, 1, "initial")
+    assert records(folder, 1, "dataset") == [t.learn() for t in answers if t.reward(1) == 1]
+    assert not (folder / "iteration-01/trajectories.jsonl").exists()
 
 
 def test_stars_example_is_the_first_answer_to_the_plain_question():
-    prompts = Prompts([Message("user", "{question}")], [Message("user", "{question} {initial_answer}")])
-    dialogue = Dialogue(tiny_tokenizer("qwen2"), prompts)
-    wrong, right = (Completion(s, tuple(dialogue.tokenizer.encode(s)), True) for s in ("b", "a"))
-    trajectory = Trajectory(Question("q", "which?", ("a",)), 0, 0, wrong, right, 0.0, 1.0)
-    prompt, target = STaR().example(dialogue, trajectory)
-    assert prompt == dialogue.initial_prompt(trajectory.question.text)
-    assert target == [*trajectory.correction.token_ids, dialogue.end_of_turn]
+    dialogue = Dialogue(tiny_tokenizer("qwen2"), {"initial": [Message("user", "{question}")]})
+    wrong, right = (
+        answer(text, reward, token_ids=dialogue.tokenizer.encode(text))
+        for text, reward in (("b", 0), ("a", 1))
+    )
+    trajectory = corrected(Question("q", "which?", ("a",)), wrong, right)
+    (example,) = STaR().select([trajectory])
+    prompt, target = dialogue.example(example)
+    assert prompt == dialogue.ask("initial", [trajectory.upto(0)])[0]
+    assert target == [*right.token_ids, dialogue.end_of_turn]
 
 
 def test_star_needs_its_hint(stasc, tmp_path):
     prompts = yaml.safe_load((ROOT / "configs/prompts/demo.yaml").read_text())
-    prompts["rationalization"] = None
+    del prompts["rationalization"]
     (tmp_path / "prompts.yaml").write_text(yaml.safe_dump(prompts))
     arguments = demo_fit(tmp_path / "run", **SMALL, iterations=1)
     overlay = ("--config", "configs/baselines/star.yaml", "--data.prompts", tmp_path / "prompts.yaml")
     done = stasc(*arguments[:3], *overlay, *arguments[3:])
     assert done.returncode == 2
-    assert done.stderr.strip() == "stasc: data.prompts has no rationalization: STaR needs these messages."
+    assert (
+        done.stderr.strip()
+        == "stasc: data.prompts has no rationalization: the algorithm needs these messages."
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -88,24 +95,18 @@ def test_star_needs_its_hint(stasc, tmp_path):
 def refined(stasc, tmp_path_factory) -> Path:
     """Three rounds for every answer, three answers for each question and a greedy one."""
     options = (
-        "--data.test_samples",
-        3,
-        "--data.test_greedy",
-        "true",
-        "--data.test_sampling.temperature",
-        1.0,
+        *("--data.evaluation.samples", 3, "--data.evaluation.greedy", "true"),
+        *("--data.evaluation.sampling.temperature", 1.0),
     )
     return run(stasc, tmp_path_factory.mktemp("refined"), *options, overlay="self_refine")
 
 
 def test_self_refine_corrects_its_corrections_and_trains_nothing(refined):
-    rounds = [records(refined, 0, name) for name in ("test", "test-round-2", "test-round-3")]
+    rounds = [records(refined, 0, name) for name in ("test", "test-turn-3", "test-turn-4")]
     for before, after in itertools.pairwise(rounds):
-        assert [(t.question, t.j, t.correction, t.r2) for t in before] == [
-            (t.question, t.j, t.initial, t.r1) for t in after
-        ]
-    assert rounds[1] != rounds[2]
-    means = [sum(t.r2 for t in turn) / len(turn) for turn in rounds]
+        assert [t.upto(before[0].turn) for t in after] == before
+    assert [t.answers[2].text for t in rounds[2]] != [t.answers[3].text for t in rounds[2]]
+    means = [sum(t.reward(t.turn) for t in after) / len(after) for after in rounds]
     found = metrics(refined, 0)
     assert found["rounds"] == pytest.approx(
         dict(zip(("r2", "r3", "r4"), means, strict=True)) | {"r1": found["test"]["r1"]}
@@ -116,35 +117,38 @@ def test_self_refine_corrects_its_corrections_and_trains_nothing(refined):
 
 def test_several_samples_of_a_question_are_counted_together_and_apart(refined):
     trajectories = records(refined, 0, "test")
-    assert [t.j for t in trajectories] == [0, 1, 2] * SMALL["test"]
-    assert len({t.initial.text for t in trajectories[:3] + trajectories[3:6]}) > 2
+    assert [t.path for t in trajectories] == [(j, 0) for j in range(3)] * SMALL["test"]
+    assert len({t.after(1).text for t in trajectories[:3] + trajectories[3:6]}) > 2
     found = metrics(refined, 0)
     assert found["test"]["count"] == 3 * SMALL["test"]
     by_question = [trajectories[i : i + 3] for i in range(0, len(trajectories), 3)]
     assert found["samples"]["k"] == 3
-    for turn in ("r1", "r2"):
-        passed = sum(any(getattr(t, turn) == 1 for t in own) for own in by_question) / SMALL["test"]
-        assert found["samples"][f"pass_{turn}"] == pytest.approx(passed)
-        assert passed >= found["test"][turn]
+    for turn in (1, 2):
+        passed = sum(any(t.reward(turn) == 1 for t in group) for group in by_question) / SMALL["test"]
+        assert found["samples"][f"pass_r{turn}"] == pytest.approx(passed)
+        assert passed >= found["test"][f"r{turn}"]
     greedy = records(refined, 0, "test-greedy")
     assert len(greedy) == SMALL["test"]
-    assert found["greedy"]["r2"] == pytest.approx(sum(t.r2 for t in greedy) / SMALL["test"])
+    assert found["greedy"]["r2"] == pytest.approx(sum(t.reward(2) for t in greedy) / SMALL["test"])
 
 
 def test_the_oracle_corrects_only_what_the_reward_calls_wrong(stasc, tmp_path):
-    folder = run(stasc, tmp_path, "--data.test_sampling.temperature", 1.0, overlay="reflexion")
-    for name in ("test", "test-round-2", "test-round-3"):
-        for t in records(folder, 0, name):
-            assert t.r1 < 1 or (t.correction, t.r2) == (t.initial, t.r1)
+    folder = run(stasc, tmp_path, "--data.evaluation.sampling.temperature", 1.0, overlay="reflexion")
+    for t in records(folder, 0, "test-turn-4"):
+        rewards = [answer.reward for answer in t.answers]
+        assert all(reward < 1 for reward in rewards[:-1])
+        assert t.turn == 4 or rewards[-1] == 1
     rounds = metrics(folder, 0)["rounds"]
     assert sorted(rounds.values()) == list(rounds.values())
     assert rounds["r4"] > rounds["r1"]
 
 
 def test_greedy_samples_of_a_question_would_be_the_same(stasc, tmp_path):
-    done = stasc(*demo_fit(tmp_path, **SMALL, iterations=1), "--data.test_samples", 2)
+    done = stasc(*demo_fit(tmp_path, **SMALL, iterations=1), "--data.evaluation.samples", 2)
     assert done.returncode == 2
-    assert "data.test_sampling.temperature is 0, so all samples of a question are the same" in done.stderr
+    assert (
+        "data.evaluation.sampling.temperature is 0, so all samples of a question are the same" in done.stderr
+    )
 
 
 # ---------------------------------------------------------------- what the release does otherwise
@@ -162,25 +166,25 @@ def test_the_release_pairs_all_and_trains_on_other_prompts(stasc, cache, tmp_pat
     )
     trajectories, kept = records(folder, 1, "trajectories"), records(folder, 1, "dataset")
     expected = sum(
-        first.r1 == second.r2 == 1
+        first.reward(1) == second.reward(2) == 1
         for first in trajectories
-        if first.k == 0
+        if first.path[1] == 0
         for second in trajectories
         if first.question == second.question
     )
-    assert len(kept) == expected > sum(t.r1 == t.r2 == 1 for t in trajectories)
+    assert len(kept) == expected > sum(t.reward(1) == t.reward(2) == 1 for t in trajectories)
     (m0,) = (path for path in cache.glob("demo-*") if path.is_dir())
-    learnt = load_tokenizer(m0).decode(torch.load(folder / "batch.pt")[0])
-    assert demo.PROMPTS.correction[0].content not in learnt
-    assert f"{demo.PROMPTS.correction[1].content.partition('{')[0]}What" in learnt
+    learnt = ModelFolder(m0).tokenizer().decode(torch.load(folder / "batch.pt")[0])
+    assert demo.PROMPTS["correction"][0].content not in learnt
+    assert f"{demo.PROMPTS['correction'][1].content.partition('{')[0]}What" in learnt
 
 
 def test_in_the_papers_figures_fixed_variants_correct_the_answers_of_m0(stasc, tmp_path):
     options = ("--algorithm.variant", "FIE", "--algorithm.fixed_in_test", "true")
     folder = run(stasc, tmp_path, *options, "--model.learning_rate", 1e-3, iterations=2)
-    before, *after = ([(t.question, t.initial, t.r1) for t in records(folder, n, "test")] for n in (0, 1, 2))
+    before, *after = ([t.upto(1) for t in records(folder, n, "test")] for n in (0, 1, 2))
     assert after == [before, before]
-    corrections = [[t.correction for t in records(folder, n, "test")] for n in (0, 1, 2)]
+    corrections = [[t.answers[1] for t in records(folder, n, "test")] for n in (0, 1, 2)]
     assert corrections[0] != corrections[1] != corrections[2]
 
 
@@ -197,9 +201,10 @@ def test_as_released_lies_over_the_papers_configs(stasc, name):
     for prompts, turns in ((asked, 4), (learnt, 0)):
         roles = [message["role"] for message in prompts["correction"]]
         assert roles == ["user", "user", *["user", "assistant"] * (turns // 2), "user"]
-        assert [message["role"] for message in prompts["initial"]] == ["user"] * 3
+    assert [message["role"] for message in asked["initial"]] == ["user"] * 3
+    assert "initial" not in learnt
     paper = yaml.safe_load((ROOT / "configs/prompts/paper.yaml").read_text())
     for kind in ("initial", "correction"):
-        said = ["\n\n".join(m["content"] for m in prompts[kind]) for prompts in (asked, paper)]
-        assert said[0] == said[1]
+        texts = ["\n\n".join(m["content"] for m in prompts[kind]) for prompts in (asked, paper)]
+        assert texts[0] == texts[1]
     assert learnt["correction"] == [*asked["correction"][:2], asked["correction"][-1]]

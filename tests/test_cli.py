@@ -12,6 +12,7 @@ from conftest import ROOT, tiny_model
 from transformers import BloomConfig
 
 from stasc.__main__ import main
+from stasc.cli import RENAMED
 
 GOOD = {"question": "What are the last letters of Tim, Ruth and Olaf?", "references": ["m-h-f"]}
 
@@ -45,6 +46,15 @@ def refused(tmp_path, monkeypatch, capfd):
     return run
 
 
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_an_option_by_its_name_of_version_0_1_is_told_its_new_one(refused, tmp_path, old, new):
+    sentence = f"data.{old} is called data.{new} now: change it"
+    assert sentence in refused(f"--data.{old}", 1)
+    value = {"temperature": 0.5} if old == "test_sampling" else 1
+    (tmp_path / "old.yaml").write_text(yaml.safe_dump({"data": {old: value}}))
+    assert sentence in refused("--config", tmp_path / "old.yaml")
+
+
 def jsonl(path, *rows: object):
     path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
     return path
@@ -56,12 +66,15 @@ def jsonl(path, *rows: object):
         (
             "algorithm.variant",
             "XYZ",
-            "'EIE', 'EIF', 'ENE', 'ENF', 'FIE', 'FIF', 'FNE', 'FNF']. Got value: XYZ",
+            "'FIF', 'FIE', 'FNF', 'FNE', 'EIF', 'EIE', 'ENF', 'ENE']. Got value: XYZ",
         ),
         ("algorithm.n_init", 0, "algorithm.n_init is 0: it must be 1 or more"),
         ("algorithm.n_int", 3, "Option 'n_int' is not accepted"),
         ("algorithm", "null", 'Parser key "algorithm"'),
-        ("data.batch_size", 0, "data.batch_size is 0"),
+        ("data.batches.size", 0, "data.batches.size is 0"),
+        ("data.batches.token_budget", 0, "data.batches.token_budget is 0"),
+        ("data.evaluation.samples", 0, "data.evaluation.samples is 0"),
+        ("trainer.max_epochs", 3, "trainer.max_epochs is not for you to set: it follows from algorithm."),
         ("data.sampling.temperature", 0, "data.sampling.temperature is 0, so all draws"),
         ("data.sampling.top_p", 1.5, "top_p is 1.5: it must lie in (0, 1]"),
         ("model.base", "./nowhere", "model.base ./nowhere does not exist"),
@@ -69,7 +82,7 @@ def jsonl(path, *rows: object):
         ("model.learning_rate", -1, "model.learning_rate is -1.0: it must be above 0"),
         ("sampler", "NoSampler", 'Parser key "sampler"'),
         ("reuse", "./nowhere", "reuse is nowhere, which is not a folder: name a run, or a folder of runs"),
-        ("seed_everything", "true", "Expected a <class 'int'>. Got value: True"),
+        ("seed_everything", "false", "seed_everything is False: it must be a number"),
         ("trainer.devices", 999, "trainer.devices is 999 and this machine has"),
         ("trainer.precision", "bf16-true", "trainer.precision is bf16-true, which rounds small updates away"),
         ("trainer.strategy", "no_such", "strategy='no_such'"),
@@ -86,7 +99,10 @@ def test_a_wrong_option_is_named(refused, option, value, sentence):
         ([GOOD, "{half\n"], "questions.jsonl, line 2: this is not JSON"),
         ([GOOD, {"question": "x"}], "questions.jsonl, line 2: there is no column 'references'"),
         ([{**GOOD, "references": []}], "questions.jsonl, line 1: 'references' is empty"),
-        ([{**GOOD, "question": "why " * 4000}], "data.train, question '1': its prompts and answers can need"),
+        (
+            [{**GOOD, "question": "why " * 4000}],
+            "data.train, question '1': its initial prompt and the answers can need",
+        ),
     ],
 )
 def test_a_mistake_in_the_questions_is_named(refused, tmp_path, rows, sentence):
@@ -114,6 +130,8 @@ def test_a_run_folder_of_another_config_is_left_alone(refused):
     refused.run_dir.mkdir()
     other = {"algorithm": {"class_path": "stasc.algorithm.STaR", "init_args": {"n_init": 2}}}
     (refused.run_dir / "config.yaml").write_text(yaml.safe_dump(other))
+    (refused.run_dir / "iteration-01").mkdir()
+    (refused.run_dir / "iteration-01/initial.jsonl").write_text("{}\n")
     assert (
         "holds a run with another --algorithm (stasc.algorithm.STaR, now stasc.algorithm.STaSC): "
         in refused()
@@ -182,7 +200,7 @@ def test_a_model_folder_is_evaluated_and_answers_questions(stasc, tmp_path):
     answers = [json.loads(line) for line in (tmp_path / "out.jsonl").open()]
     assert [a["question"] for a in answers] == [row["text"] for row in rows]
     assert all(set(a) == {"id", "question", "initial_answer", "correction"} for a in answers)
-    assert answers[0]["initial_answer"] == trajectories[0]["initial"]["text"]
+    assert answers[0]["initial_answer"] == trajectories[0]["answers"][0]["text"]
 
 
 def test_the_readmes_own_task(stasc, tmp_path):
@@ -195,7 +213,7 @@ def test_the_readmes_own_task(stasc, tmp_path):
         *("test", "--config", ROOT / "configs/qwen_eif.yaml", "--config", tmp_path / "my_task.yaml"),
         *("--run_dir", tmp_path / "run", "--model.base", tiny_model(tmp_path / "model")),
         *("--trainer.accelerator", "cpu", "--trainer.devices", 1, "--trainer.strategy", "auto"),
-        *("--sampler", "TransformersSampler", "--data.test_sampling.max_tokens", 8),
+        *("--sampler", "TransformersSampler", "--data.evaluation.sampling.max_tokens", 8),
     )
     assert process.returncode == 0, process.stderr
     questions = [json.loads(line)["question"] for line in (tmp_path / "run/test.jsonl").open()]

@@ -1,4 +1,4 @@
-"""The demo task and the making of its M_0."""
+"""The demo task and the pre-training of its M_0."""
 
 import itertools
 import random
@@ -63,11 +63,12 @@ def test_questions_depend_on_split_size_and_seed_alone():
 def test_train_test_and_pretraining_share_no_combination():
     train = [combination(q.text) for q in demo.questions("train", 3000, seed=0)]
     test = [combination(q.text) for q in demo.questions("test", 3000, seed=1)]
-    web = {combination(page.question) for page in itertools.islice(demo.web(demo.Recipe()), 12_800)}
+    documents = itertools.islice(demo.corpus(demo.Recipe()), 12_800)
+    pretraining = {combination(document.question) for document in documents}
     assert len(set(train)) == len(set(test)) == 3000
     assert set(train).isdisjoint(test)
-    assert web.isdisjoint(train)
-    assert web.isdisjoint(test)
+    assert pretraining.isdisjoint(train)
+    assert pretraining.isdisjoint(test)
 
 
 @pytest.mark.parametrize("size", [0, demo.MAX_QUESTIONS + 1])
@@ -78,9 +79,9 @@ def test_impossible_sizes_are_refused(size):
 
 def test_about_half_of_the_facts_are_misconceptions():
     wrong, seen = {}, {}
-    for page in itertools.islice(demo.web(demo.Recipe()), 5000):
-        position = combination(page.question)[0]
-        for name, letter in re.findall(r"(\w+) gives (\w)", page.initial_answer):
+    for document in itertools.islice(demo.corpus(demo.Recipe()), 5000):
+        position = combination(document.question)[0]
+        for name, letter in re.findall(r"(\w+) gives (\w)", document.initial_answer):
             fact = position, name
             seen[fact] = seen.get(fact, 0) + 1
             if letter != demo._true_letter(*fact):
@@ -90,12 +91,12 @@ def test_about_half_of_the_facts_are_misconceptions():
     assert 0.45 < mostly_wrong / len(seen) < 0.55
 
 
-def test_prompt_file_is_what_m0_was_trained_with():
+def test_prompt_file_matches_the_prompts_of_pretraining():
     prompts = yaml.safe_load((ROOT / "configs/prompts/demo.yaml").read_text(encoding="utf-8"))
-    del prompts["rationalization"]  # M_0 was never asked this
+    del prompts["rationalization"]  # not used in pre-training
     assert prompts == {
-        kind: [{"role": message.role, "content": message.content} for message in getattr(demo.PROMPTS, kind)]
-        for kind in ("initial", "correction")
+        name: [{"role": message.role, "content": message.content} for message in messages]
+        for name, messages in demo.PROMPTS.items()
     }
 
 
@@ -119,26 +120,28 @@ def test_folder_is_complete(folder):
 
 def test_saved_tokenizer_renders_and_decodes_as_in_pretraining(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    saved, made = (Dialogue(words, demo.PROMPTS) for words in (tokenizer, demo.tokenizer()))
+    saved, made = (Dialogue(words, demo.PROMPTS) for words in (tokenizer, demo.make_tokenizer()))
     assert saved.end_of_turn == tokenizer.convert_tokens_to_ids(demo.END)
-    for page in itertools.islice(demo.web(demo.Recipe()), 100):
-        assert saved.initial_prompt(page.question) == made.initial_prompt(page.question)
-        prompt = saved.correction_prompt(page.question, page.initial_answer)
-        assert prompt == made.correction_prompt(page.question, page.initial_answer)
-        assert (len(saved.initial_prompt(page.question)), len(prompt)) == (17, 37)
-        answer = tokenizer.encode(page.correction)
-        assert saved.decode((*answer, saved.end_of_turn)) == page.correction
+    documents = list(itertools.islice(demo.corpus(demo.Recipe()), 100))
+    values = [{"question": d.question, "initial_answer": d.initial_answer} for d in documents]
+    for prompt, length in {"initial": 17, "correction": 37}.items():
+        prompts = saved.render(prompt, values)
+        assert prompts == made.render(prompt, values)
+        assert {len(token_ids) for token_ids in prompts} == {length}
+    for document in documents:
+        answer = tokenizer.encode(document.correction)
+        assert saved.decode((*answer, saved.end_of_turn)) == document.correction
 
 
 @pytest.mark.parametrize(
     "text", ["Hello  wörld,\n\n  Bob gives 12.5 !", " a b Jacob Jacobson", "b-m-h", "日本 🙂"]
 )
-def test_any_text_survives_the_tokenizer(text):
-    tokenizer = demo.tokenizer()
+def test_tokenizer_encodes_and_decodes_any_text(text):
+    tokenizer = demo.make_tokenizer()
     assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=True) == text
 
 
-def test_same_recipe_gives_same_bytes_and_leaves_the_caller_alone(folder, tmp_path, monkeypatch):
+def test_equal_recipes_give_equal_bytes_and_change_no_state_of_the_caller(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("STASC_CACHE", str(tmp_path))
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -157,7 +160,7 @@ def test_same_recipe_gives_same_bytes_and_leaves_the_caller_alone(folder, tmp_pa
         assert (again / path.name).read_bytes() == path.read_bytes(), path.name
 
 
-def test_second_call_finds_the_first_one_s_model(tmp_path, monkeypatch):
+def test_second_call_uses_the_cached_model(tmp_path, monkeypatch):
     monkeypatch.setenv("STASC_CACHE", str(tmp_path))
     folder = demo.base_model(TINY, progress=False)
     written = (folder / "model.safetensors").stat().st_mtime_ns
@@ -173,7 +176,7 @@ def test_other_recipes_have_other_folders(folder, monkeypatch):
     assert demo.base_model(TINY, progress=False) == folder
 
 
-def test_what_a_killed_run_left_behind_does_not_matter(folder, tmp_path, monkeypatch):
+def test_a_partial_folder_of_a_killed_run_is_replaced(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("STASC_CACHE", str(tmp_path))
     leftover = tmp_path / f"{folder.name}.partial"
     leftover.mkdir()
@@ -183,14 +186,14 @@ def test_what_a_killed_run_left_behind_does_not_matter(folder, tmp_path, monkeyp
     assert not leftover.exists()
 
 
-def test_cache_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch):
+def test_unwritable_cache_is_reported_in_one_sentence(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("STASC_CACHE", str(tmp_path / "file"))
     with pytest.raises(UserError, match="STASC_CACHE"):
         demo.base_model(TINY, progress=False)
 
 
-def test_cache_follows_the_environment(monkeypatch):
+def test_cache_folder_follows_the_environment(monkeypatch):
     monkeypatch.delenv("STASC_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
     assert demo._cache() == Path("/somewhere/stasc")

@@ -6,15 +6,18 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple, get_args
+from statistics import stdev
+from typing import NamedTuple
 
 import pytest
 import yaml
 from conftest import ROOT, contents, curves, demo_fit, events, stasc_environment, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig
 
-from stasc.algorithm import Variant
-from stasc.trajectory import Question, Trajectory, read_records
+from stasc.algorithm import VARIANTS
+from stasc.trajectory import Question, Records, Trajectory
+
+pytestmark = pytest.mark.slow
 
 QUICKSTART = ("fit", "--config", "configs/quickstart.yaml")
 PROMPTS = yaml.safe_load((ROOT / "configs/prompts/demo.yaml").read_text())
@@ -35,14 +38,14 @@ class Quickstart(NamedTuple):
     process: subprocess.CompletedProcess[str]
     run: Path
 
-    def box(self, n: int) -> Path:
+    def folder(self, n: int) -> Path:
         return self.run / f"iteration-{n:02d}"
 
     def records(self, n: int, name: str) -> list:
-        return read_records(self.box(n) / f"{name}.jsonl")
+        return list(Records(self.folder(n) / f"{name}.jsonl"))
 
     def metrics(self, n: int) -> dict:
-        return json.loads((self.box(n) / "metrics.json").read_text())
+        return json.loads((self.folder(n) / "metrics.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -65,27 +68,37 @@ def is_right(question: Question, answer: str) -> float:
     return float(re.search(rf"\b{letters}\b", answer) is not None)
 
 
+def tokens(trajectory: Trajectory, turn: int) -> tuple[int, ...]:
+    return trajectory.after(turn).token_ids
+
+
 # ---------------------------------------------------------------- the quickstart
 
 
 def test_the_quickstart_learns_and_says_so(quickstart):
     assert_it_learnt(quickstart)
-    said = quickstart.process.stdout
-    _, _, table = said.rpartition("iteration  r(Y1)  r(Y2)  |D_n|")
+    output = quickstart.process.stdout
+    _, _, table = output.rpartition("  n  r(Y1)  r(Y2)")
+    assert max(map(len, table.splitlines()[:7])) <= 80
     rows = [line.split() for line in table.splitlines()[1:7]]
     for n, row in enumerate(rows):
         metrics = quickstart.metrics(n)
         size = str(metrics["dataset"]["size"]) if n else "-"
         counts = [str(metrics["test"][name]) for name in TRANSITIONS]
-        assert row == [str(n), f"{metrics['test']['r1']:.3f}", f"{metrics['test']['r2']:.3f}", size, *counts]
-    assert f"tensorboard --logdir '{quickstart.run}/tensorboard'" in said
-    assert f"{quickstart.box(1)}/model to {quickstart.box(5)}/model" in said
+        test = metrics["test"]
+        delta = [f"{test['delta']:+.3f}", f"{test['delta_se']:.3f}"]
+        changes = [f"{test['repeated']:.0%}", f"{test['edited']:.2f}" if "edited" in test else "-"]
+        rewards = [f"{test['r1']:.3f}", f"{test['r2']:.3f}"]
+        assert row == [str(n), *rewards, *delta, size, *counts, *changes]
+    assert f"M_5: corrections are not better than first answers: {test['delta']:+.3f}, p = " in output
+    assert f"tensorboard --logdir '{quickstart.run}/tensorboard'" in output
+    assert f"{quickstart.folder(1)}/model to {quickstart.folder(5)}/model" in output
 
 
 def test_every_iteration_leaves_its_files(quickstart):
-    assert {path.name for path in quickstart.box(0).iterdir()} == EVALUATION
+    assert {path.name for path in quickstart.folder(0).iterdir()} == EVALUATION
     for n in TRAINED:
-        assert {path.name for path in quickstart.box(n).iterdir()} == EVALUATION | STEPS
+        assert {path.name for path in quickstart.folder(n).iterdir()} == EVALUATION | STEPS
     assert {path.name for path in quickstart.run.iterdir()} >= {"config.yaml", "checkpoints", "tensorboard"}
 
 
@@ -94,24 +107,24 @@ def test_an_iteration_is_steps_1_to_3_of_the_algorithm(quickstart, n):
     initial, trajectories = quickstart.records(n, "initial"), quickstart.records(n, "trajectories")
     questions = [answer.question for answer in initial[::2]]
     assert len({question.id for question in questions}) == 500
-    assert [(a.question, a.j) for a in initial] == [(x, j) for x in questions for j in range(2)]
-    assert [(t.question, t.j, t.initial, t.r1, t.k) for t in trajectories] == [
-        (a.question, a.j, a.initial, a.r1, k) for a in initial for k in range(2)
-    ]
+    assert [(t.question, t.path) for t in initial] == [(x, (j,)) for x in questions for j in range(2)]
+    assert [(t.upto(1), t.path[1]) for t in trajectories] == [(t, k) for t in initial for k in range(2)]
     for t in trajectories:
-        assert t.r1 == is_right(t.question, t.initial.text)
-        assert t.r2 == is_right(t.question, t.correction.text)
-    assert quickstart.records(n, "dataset") == [t for t in trajectories if t.r2 > t.r1]
+        assert [answer.prompt for answer in t.answers] == ["initial", "correction"]
+        assert all(answer.reward == is_right(t.question, answer.text) for answer in t.answers)
+    examples = [t.learn() for t in trajectories if t.reward(2) > t.reward(1)]
+    assert quickstart.records(n, "dataset") == examples
+    assert {(example.turn, example.prompt, example.weight) for example in examples} == {(2, "correction", 1)}
 
     # Draws of one prompt are draws of their own.
-    same_initial = sum(a.initial == b.initial for a, b in zip(initial[::2], initial[1::2], strict=True))
+    same_initial = sum(tokens(a, 1) == tokens(b, 1) for a, b in zip(initial[::2], initial[1::2], strict=True))
     pairs = zip(trajectories[::2], trajectories[1::2], strict=True)
     assert same_initial / 500 < 0.5
-    assert sum(a.correction == b.correction for a, b in pairs) / 1000 < 0.6
+    assert sum(tokens(a, 2) == tokens(b, 2) for a, b in pairs) / 1000 < 0.6
 
 
 def test_initial_answers_evolve(quickstart):
-    rewards = [sum(a.r1 for a in quickstart.records(n, "initial")) / 1000 for n in TRAINED]
+    rewards = [sum(t.reward(1) for t in quickstart.records(n, "initial")) / 1000 for n in TRAINED]
     assert rewards[0] < 0.25
     assert rewards[4] > 0.5
     assert rewards == sorted(rewards)
@@ -119,10 +132,7 @@ def test_initial_answers_evolve(quickstart):
 
 def test_metrics_are_those_of_the_files(quickstart):
     def recomputed(trajectories: list[Trajectory]) -> dict[str, float]:
-        pairs = [
-            (is_right(t.question, t.initial.text), is_right(t.question, t.correction.text))
-            for t in trajectories
-        ]
+        pairs = [tuple(is_right(t.question, answer.text) for answer in t.answers) for t in trajectories]
         r1, r2 = (sum(rewards) / len(pairs) for rewards in zip(*pairs, strict=True))
         counts = {name: pairs.count(pair) for name, pair in TRANSITIONS.items()}
         return {"r1": r1, "r2": r2, **counts, "count": len(pairs)}
@@ -135,12 +145,19 @@ def test_metrics_are_those_of_the_files(quickstart):
         assert [t.question for t in trajectories] == tested
         assert metrics.pop("iteration") == n
         test = metrics.pop("test")
+        changes = [t.after(2).text.split() != t.after(1).text.split() for t in trajectories]
+        assert test.pop("repeated") == pytest.approx(1 - sum(changes) / 500)
+        assert (0 < test.pop("edited") < 1) if any(changes) else "edited" not in test
+        assert test.pop("delta") == pytest.approx(test["r2"] - test["r1"])
+        gains = [t.reward(2) - t.reward(1) for t in trajectories]
+        assert test.pop("delta_se") == pytest.approx(stdev(gains) / math.sqrt(500))
+        assert 0 < test.pop("delta_p") <= 1
         for turn in ("r1", "r2"):  # of a mean of 500 zeros and ones
             p = test[turn]
             assert test.pop(f"{turn}_se") == pytest.approx(math.sqrt(p * (1 - p) / 499))
         assert test == pytest.approx(recomputed(trajectories))
         if n:
-            learnt = json.loads((quickstart.box(n) / "training.json").read_text())
+            learnt = json.loads((quickstart.folder(n) / "training.json").read_text())
             assert learnt == {name: metrics[name] for name in learnt}
             assert metrics.pop("train") == pytest.approx(recomputed(quickstart.records(n, "trajectories")))
             size = len(quickstart.records(n, "dataset"))
@@ -158,7 +175,7 @@ def test_tensorboard_shows_each_iteration_once(quickstart):
     for n, table in enumerate(tables):
         shown = table.tensor_proto.string_val[0].decode()
         first = quickstart.records(n, "test")[0]
-        for text in (first.question.text, first.initial.text, first.correction.text):
+        for text in (first.question.text, *(answer.text for answer in first.answers)):
             assert text.replace("\n", "<br>") in shown
 
 
@@ -186,16 +203,14 @@ def both_turns(trajectories: list[Trajectory]) -> tuple[list[Chat], list[str]]:
     """What the model was asked in evaluation, and what it answered."""
     initial = [chat("initial", question=t.question.text) for t in trajectories]
     correction = [
-        chat("correction", question=t.question.text, initial_answer=t.initial.text) for t in trajectories
+        chat("correction", question=t.question.text, initial_answer=t.answers[0].text) for t in trajectories
     ]
-    return initial + correction, [t.initial.text for t in trajectories] + [
-        t.correction.text for t in trajectories
-    ]
+    return initial + correction, [t.after(turn).text for turn in (1, 2) for t in trajectories]
 
 
 @pytest.mark.parametrize("n", TRAINED)
 def test_plain_transformers_says_what_the_engine_said(quickstart, n):
-    folder = quickstart.box(n) / "model"
+    folder = quickstart.folder(n) / "model"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     asked, answered = both_turns(quickstart.records(n, "test")[:50])
     tokenizer.padding_side = "left"
@@ -228,9 +243,9 @@ def test_plain_vllm_says_what_the_engine_said(quickstart, cache, tmp_path):
             sys.executable,
             "-c",
             PLAIN_VLLM,
-            quickstart.box(5) / "model",
+            quickstart.folder(5) / "model",
             tmp_path / "asked",
-            tmp_path / "said",
+            tmp_path / "output",
         ],
         env=stasc_environment(cache) | environment,
         capture_output=True,
@@ -238,7 +253,7 @@ def test_plain_vllm_says_what_the_engine_said(quickstart, cache, tmp_path):
         check=False,
     )
     assert plain.returncode == 0, plain.stderr
-    assert json.loads((tmp_path / "said").read_text()) == answered
+    assert json.loads((tmp_path / "output").read_text()) == answered
 
 
 # ---------------------------------------------------------------- other ways to run it
@@ -248,7 +263,7 @@ def test_the_same_command_on_a_finished_run_changes_nothing(quickstart, stasc):
     before = contents(quickstart.run)
     again = stasc(*QUICKSTART, "--run_dir", quickstart.run)
     assert again.returncode == 0, again.stderr
-    table = again.stdout[again.stdout.index("\niteration  r(Y1)") :]
+    table = again.stdout[again.stdout.index("\n  n  r(Y1)") :]
     assert quickstart.process.stdout.endswith(table)
     assert "completions/s" not in again.stderr
     assert contents(quickstart.run) == before
@@ -267,18 +282,19 @@ def test_fixed_initialisation_samples_initial_answers_once_and_the_lenient_filte
     arguments = demo_fit(tmp_path / "run", train=60, test=40, iterations=2)
     done = Quickstart(stasc(*arguments, "--algorithm.variant", "FNF"), tmp_path / "run")
     assert done.process.returncode == 0, done.process.stderr
-    assert not (done.box(2) / "initial.jsonl").exists()
-    initial = [(a.question, a.j, a.initial, a.r1) for a in done.records(1, "initial")]
+    assert not (done.folder(2) / "initial.jsonl").exists()
+    initial = done.records(1, "initial")
     assert len(initial) == 120
     for n in (1, 2):
         trajectories, dataset = done.records(n, "trajectories"), done.records(n, "dataset")
-        assert [(t.question, t.j, t.initial, t.r1) for t in trajectories[::2]] == initial
-        assert dataset == [t for t in trajectories if t.r2 > t.r1 or t.r1 == t.r2 == 1]
-        improving = sum(t.r2 > t.r1 for t in dataset)
+        assert [t.upto(1) for t in trajectories[::2]] == initial
+        rewards = [(t, t.reward(1), t.reward(2)) for t in trajectories]
+        assert dataset == [t.learn() for t, r1, r2 in rewards if r2 > r1 or r1 == r2 == 1]
+        improving = sum(r2 > r1 for _, r1, r2 in rewards)
         sizes = {"size": len(dataset), "improving": improving, "non_decreasing": len(dataset) - improving}
         assert done.metrics(n)["dataset"] == sizes
         assert 0 < improving < len(dataset)
-    first, second = ([t.correction for t in done.records(n, "trajectories")] for n in (1, 2))
+    first, second = ([tokens(t, 2) for t in done.records(n, "trajectories")] for n in (1, 2))
     assert first != second
 
 
@@ -297,20 +313,26 @@ def test_an_empty_dataset_leaves_the_base_model_as_it_is(stasc, cache, tmp_path,
     assert [done.metrics(n)["dataset"]["size"] > 0 for n in (1, 2, 3)] == [False, True, False]
     assert done.metrics(3)["training"] == {"loss": None, "learning_rate": 0.0, "steps": 0}
     base = 2 if variant == "EIE" else 0
-    assert re.findall(r"D_\d is empty.*", process.stdout) == [
-        "D_1 is empty, so M_1 is M_0.",
-        f"D_3 is empty, so M_3 is M_{base}.",
+    empty = [line for line in process.stdout.splitlines() if "is empty, so" in line]
+    assert [line.partition(": D_")[2][:23] for line in empty] == [
+        "1 is empty, so M_1 is M_0"[:23],
+        f"3 is empty, so M_3 is M_{base}"[:23],
     ]
+    assert "0 of 120 initial answers were right" in empty[0]
+    assert "of 240 corrections changed their answer, 0 improved it. Draw more (algorithm.n_init" in empty[0]
+    assert "Nothing was learnt in iteration 1, 3: D_n was empty, see above." in process.stdout
 
     def weights(n: int) -> bytes:
-        (folder,) = [done.box(n) / "model"] if n else [path for path in cache.glob("demo-*") if path.is_dir()]
+        (folder,) = (
+            [done.folder(n) / "model"] if n else [path for path in cache.glob("demo-*") if path.is_dir()]
+        )
         return (folder / "model.safetensors").read_bytes()
 
     assert weights(1) == weights(0) != weights(2)
     assert weights(3) == weights(base)
 
 
-@pytest.mark.parametrize("variant", get_args(Variant))
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_is_taken_from_the_command_line_and_from_yaml(variant, monkeypatch, capsys, tmp_path):
     from stasc.cli import run  # takes seconds
 

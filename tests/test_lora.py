@@ -18,17 +18,17 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from stasc.errors import UserError
-from stasc.lora import LoRA
-from stasc.module import CorrectionSFT
-from stasc.pretrained import (
+from stasc.prompting import Dialogue
+from stasc.training.lora import LoRA
+from stasc.training.module import CorrectionSFT
+from stasc.training.weights import (
+    empty_model,
     gather_weights,
     load_model,
     load_weights,
     log_probabilities,
-    shell,
     write_model,
 )
-from stasc.prompting import Dialogue
 
 Tensors = dict[str, Tensor]
 SEQUENCE = [5, 80, 33, 33, 7, 120, 64]
@@ -50,7 +50,7 @@ def qwen(tmp_path_factory) -> Path:
 
 
 def trained(folder: Path, lora: LoRA) -> torch.nn.Module:
-    """Holds a model whose adapters say something, as a trainer's strategy would hold it."""
+    """A model with trained adapters, held as a trainer's strategy holds it."""
     torch.manual_seed(0)
     wrapped = torch.nn.Module()
     wrapped.model = load_model(folder, lora).eval()
@@ -80,7 +80,7 @@ def weights(model: Path) -> Tensors:
 # ---------------------------------------------------------------- adapters
 
 
-def test_new_adapters_say_nothing_and_alone_can_train(folder):
+def test_new_adapters_change_nothing_and_alone_can_train(folder):
     model = load_model(folder, LoRA(r=3))
     assert torch.equal(logits(model), logits(load_model(folder)))
     can = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -103,7 +103,7 @@ def test_adapters_follow_from_the_seed_alone(qwen):
 
 
 @pytest.mark.parametrize("targets", TARGETS)
-def test_m_n_is_a_plain_model_that_says_what_the_adapters_say(folder, tmp_path, targets):
+def test_m_n_is_a_plain_model_with_the_outputs_of_the_adapted_one(folder, tmp_path, targets):
     lora = LoRA(r=4, alpha=6, dropout=0.3, target_modules=targets)
     wrapped = trained(folder, lora)
     before = copied(wrapped)
@@ -119,11 +119,11 @@ def test_m_n_is_a_plain_model_that_says_what_the_adapters_say(folder, tmp_path, 
     b, a = (before[f"model.{layer}.lora_{matrix}.default.weight"] for matrix in "BA")
     torch.testing.assert_close(m_n[f"{layer}.weight"], m_0[f"{layer}.weight"] + 6 / 4 * b @ a)
 
-    plain, said = AutoModelForCausalLM.from_pretrained(tmp_path / "model"), logits(wrapped.model)
+    plain, adapted = AutoModelForCausalLM.from_pretrained(tmp_path / "model"), logits(wrapped.model)
     assert (plain.lm_head.weight is plain.model.embed_tokens.weight) == ("lm_head.weight" not in m_0)
-    assert (said - logits(load_model(folder))).norm() > 0.1 * said.norm()
-    assert (logits(plain) - said).norm() < 1e-5 * said.norm()
-    expected = said[0, :-1].log_softmax(-1)[range(len(SEQUENCE) - 1), SEQUENCE[1:]]
+    assert (adapted - logits(load_model(folder))).norm() > 0.1 * adapted.norm()
+    assert (logits(plain) - adapted).norm() < 1e-5 * adapted.norm()
+    expected = adapted[0, :-1].log_softmax(-1)[range(len(SEQUENCE) - 1), SEQUENCE[1:]]
     assert log_probabilities(gathered, folder, [SEQUENCE])[0] == pytest.approx(expected.tolist(), abs=1e-4)
 
 
@@ -229,7 +229,7 @@ def demo_run(stasc, tmp_path_factory):
         for n in iterations:
             done = stasc(
                 *demo_fit(run, train=40, test=2, iterations=n),
-                *("--algorithm.variant", variant, "--data.batch_size", 4, *options),
+                *("--algorithm.variant", variant, "--data.batches.size", 4, *options),
                 *("--model.lora.r", 4, "--model.learning_rate", 0.01),
                 *("--trainer.callbacks+=test_lora.Steps", "--trainer.default_root_dir", run),
             )
@@ -273,6 +273,7 @@ def adapters(step: dict, matrix: str) -> Tensors:
     return {name: tensor for name, tensor in step["weights"].items() if f".lora_{matrix}." in name}
 
 
+@pytest.mark.slow
 def test_every_m_n_is_m_0_but_for_the_layers_with_adapters(evolving, fixed, resumed_fsdp, m_0):
     for run, n in itertools.product((evolving, fixed, resumed_fsdp), (1, 2)):
         before, after = weights(m_0), weights(m(run, n))
@@ -281,25 +282,28 @@ def test_every_m_n_is_m_0_but_for_the_layers_with_adapters(evolving, fixed, resu
             assert torch.equal(after[name], before[name]) != name.endswith("_proj.weight"), name
 
 
-def test_evolving_goes_on_with_its_adapters_and_fixed_draws_new_ones(evolving, fixed, resumed_fsdp, m_0):
+@pytest.mark.slow
+def test_evolving_keeps_its_adapters_and_fixed_draws_new_ones(evolving, fixed, resumed_fsdp, m_0):
     for run in (evolving, fixed, resumed_fsdp):
         assert not any(b.any() for b in adapters(first_step(run, 1), "B").values())
     assert same(adapters(first_step(fixed, 1), "A"), adapters(first_step(evolving, 1), "A"))
     assert not any(b.any() for b in adapters(first_step(fixed, 2), "B").values())
     for run in (evolving, resumed_fsdp):
-        own = {name.removeprefix("model."): t for name, t in first_step(run, 2)["weights"].items()}
-        merged = LoRA(r=4).merge(own, shell(m_0))
+        state = {name.removeprefix("model."): t for name, t in first_step(run, 2)["weights"].items()}
+        merged = LoRA(r=4).merge(state, empty_model(m_0))
         assert all(torch.equal(merged[name], tensor) for name, tensor in weights(m(run, 1)).items())
 
 
+@pytest.mark.slow
 def test_two_processes_that_were_interrupted_learn_what_one_does(evolving, resumed_fsdp, m_0):
     assert first_step(resumed_fsdp, 1)["wrapped"] == "FullyShardedDataParallel"
     assert same(first_step(resumed_fsdp, 1)["weights"], first_step(evolving, 1)["weights"])
     before, one, two = weights(m_0), weights(m(evolving, 2)), weights(m(resumed_fsdp, 2))
-    way = {name: one[name] - before[name] for name in one}
-    assert distance(two, one, scale=way) < 1e-3
+    change = {name: one[name] - before[name] for name in one}
+    assert distance(two, one, scale=change) < 1e-3
 
 
+@pytest.mark.slow
 def test_a_resume_ends_with_the_same_bytes(demo_run, evolving):
     assert contents(demo_run("EIE", iterations=(1, 2))) == contents(evolving)
 
@@ -336,6 +340,7 @@ def test_what_fsdp_does_another_way_is_refused(qwen, model, strategy, sentence):
         module.check(FSDPStrategy(**strategy))
 
 
+@pytest.mark.slow
 def test_the_program_refuses_them_before_it_writes_anything(stasc, tmp_path):
     run = tmp_path / "run"
     small = demo_fit(run, train=4, test=2, iterations=1)

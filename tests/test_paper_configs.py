@@ -19,10 +19,12 @@ from conftest import ROOT, curves, tiny_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from stasc.likelihood import NegativeLogLikelihood
-from stasc.packing import pack
 from stasc.prompting import Dialogue, Message, Prompts
-from stasc.trajectory import read_records
+from stasc.training.batches import TokenizedExample, pack
+from stasc.training.loss import NegativeLogLikelihood
+from stasc.trajectory import Records
+
+pytestmark = pytest.mark.slow
 
 NATURAL_QUESTIONS = ROOT.parent / "shared/data/nq"
 OWN_QUESTIONS = [
@@ -59,7 +61,7 @@ def questions(tmp_path_factory) -> Path:
 
 def paper_prompts() -> Prompts:
     raw = yaml.safe_load((ROOT / "configs/prompts/paper.yaml").read_text())
-    return Prompts(**{name: [Message(**message) for message in raw[name]] for name in raw})
+    return {name: [Message(**message) for message in raw[name]] for name in raw}
 
 
 def parrot(folder: Path, kind: str, questions: Path) -> Path:
@@ -69,7 +71,7 @@ def parrot(folder: Path, kind: str, questions: Path) -> Path:
     one token, as are the references, which makes the paper's long prompts cheap.
     """
     prompts = paper_prompts()
-    contents = [message.content for message in (*prompts.initial, *prompts.correction)]
+    contents = [message.content for message in (*prompts["initial"], *prompts["correction"])]
     constant = [phrase for content in contents for phrase in re.split(r"{\w+}", content) if phrase]
     rows = [json.loads(line) for line in (questions / "train.jsonl").read_text().splitlines()]
     references = [f" {row['reference'][0]}" for row in rows]
@@ -81,17 +83,18 @@ def parrot(folder: Path, kind: str, questions: Path) -> Path:
     def answer() -> str:
         return "Final Answer:" + "".join(r for r in references if rng.random() < 0.4)
 
-    def example() -> tuple[list[int], list[int]]:
+    def example() -> TokenizedExample:
         text = rng.choice(rows)["question_text"]
-        prompt = rng.choice([dialogue.initial_prompt(text), dialogue.correction_prompt(text, answer())])
-        return prompt, [*dialogue.tokenizer.encode(answer()), dialogue.end_of_turn]
+        values = [{"question": text, "initial_answer": answer()}]
+        (prompt,) = rng.choice([dialogue.render(name, values) for name in ("initial", "correction")])
+        return TokenizedExample(prompt, [*dialogue.tokenizer.encode(answer()), dialogue.end_of_turn])
 
-    likelihood = NegativeLogLikelihood(model)
+    loss = NegativeLogLikelihood(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(120):
         examples = [example() for _ in range(8)]
-        tokens = sum(len(target) for _, target in examples)
-        (likelihood(pack(examples, tokens, ends_step=True)) / tokens).backward()
+        tokens = sum(len(example.target) for example in examples)
+        (loss(pack(examples, tokens, ends_step=True)) / tokens).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -130,9 +133,13 @@ def test_the_configuration_holds_the_papers_numbers(stasc, name):
     assert config["model"] == config["model"] | model
     assert config["model"]["lora"] is None
     data, trainer = config["data"], config["trainer"]
-    assert data["sampling"] == data["test_sampling"] == {"temperature": 0.6, "top_p": 0.9, "max_tokens": 256}
+    assert (
+        data["sampling"]
+        == data["evaluation"]["sampling"]
+        == {"temperature": 0.6, "top_p": 0.9, "max_tokens": 256}
+    )
     assert data["reward"] == {"class_path": "stasc.reward.InAccuracy", "init_args": {"marker": None}}
-    assert (data["batch_size"], data["test_samples"], data["training_prompts"]) == (8, 1, None)
+    assert (data["batches"]["size"], data["evaluation"]["samples"], data["training_prompts"]) == (8, 1, None)
     assert trainer["accumulate_grad_batches"] == 1
     assert (trainer["accelerator"], trainer["devices"], trainer["precision"]) == ("gpu", 2, "bf16-mixed")
     assert (trainer["gradient_clip_val"], trainer["gradient_clip_algorithm"]) == (1.0, None)
@@ -165,13 +172,13 @@ def test_the_configuration_runs_end_to_end(stasc, questions, tmp_path, name):
     assert done.returncode == 0, done.stderr
     assert (run / "config.yaml").is_file()
     for n in (0, 1, 2):
-        box = run / f"iteration-{n:02d}"
-        metrics = json.loads((box / "metrics.json").read_text())
+        folder = run / f"iteration-{n:02d}"
+        metrics = json.loads((folder / "metrics.json").read_text())
         assert (metrics["iteration"], metrics["test"]["count"]) == (n, SIZES["test"])
-        assert len(read_records(box / "test.jsonl")) == SIZES["test"]
+        assert len(Records(folder / "test.jsonl")) == SIZES["test"]
         if n > 0:
-            check_rollout(box, n_init)
-            check_model(box / "model", m0)
+            check_rollout(folder, n_init)
+            check_model(folder / "model", m0)
     found = curves(run)
     assert [step for step, _ in found["test/r2"]] == [0, 1, 2]
     assert [step for step, _ in found["dataset/size"]] == [1, 2]
@@ -188,32 +195,32 @@ def test_the_configuration_runs_as_it_was_released(stasc, questions, tmp_path):
         *("--algorithm.iterations", 1, "--sampler.init_args.kv_cache_gib", 0.2),
     )
     assert done.returncode == 0, done.stderr
-    own, kept = run / "iteration-01", Counter()
-    draws = read_records(own / "trajectories.jsonl")
-    answers = {(t.question.id, t.j): t for t in draws}.values()
-    for answer, correction in product(answers, draws):
-        if answer.question == correction.question and answer.r1 == correction.r2 == 1:
-            kept[answer.question.id, answer.initial, correction.correction] += 1
-    dataset = read_records(own / "dataset.jsonl")
-    assert Counter((t.question.id, t.initial, t.correction) for t in dataset) == kept
-    assert any(t.r1 < t.r2 for t in draws)  # of which none is kept
-    by_m0, by_m1 = (read_records(run / f"iteration-0{n}/test.jsonl") for n in (0, 1))
-    assert [t.initial for t in by_m0] == [t.initial for t in by_m1]
-    check_model(own / "model", m0)
+    folder, kept = run / "iteration-01", Counter()
+    draws = list(Records(folder / "trajectories.jsonl"))
+    answers = {(t.question.id, t.path[0]): t for t in draws}.values()
+    for first, second in product(answers, draws):
+        if first.question == second.question and first.reward(1) == second.reward(2) == 1:
+            kept[first.question.id, first.after(1).text, second.after(2).token_ids] += 1
+    dataset = [example.trajectory for example in Records(folder / "dataset.jsonl")]
+    assert Counter((t.question.id, t.after(1).text, t.after(2).token_ids) for t in dataset) == kept
+    assert any(t.reward(1) < t.reward(2) for t in draws)  # of which none is kept
+    by_m0, by_m1 = (Records(run / f"iteration-0{n}/test.jsonl") for n in (0, 1))
+    assert [t.upto(1) for t in by_m0] == [t.upto(1) for t in by_m1]
+    check_model(folder / "model", m0)
 
 
-def check_rollout(box: Path, n_init: int) -> None:
+def check_rollout(folder: Path, n_init: int) -> None:
     """All files of an iteration's steps 1 to 3."""
-    trajectories = read_records(box / "trajectories.jsonl")
-    assert len(read_records(box / "initial.jsonl")) == SIZES["train"] * n_init
+    trajectories = list(Records(folder / "trajectories.jsonl"))
+    assert len(Records(folder / "initial.jsonl")) == SIZES["train"] * n_init
     assert len(trajectories) == SIZES["train"] * n_init * 5
-    kept = [t for t in trajectories if t.r2 > t.r1]
+    kept = [t.learn() for t in trajectories if t.reward(2) > t.reward(1)]
     assert kept
-    assert read_records(box / "dataset.jsonl") == kept
+    assert list(Records(folder / "dataset.jsonl")) == kept
     draws = defaultdict(set)
     for t in trajectories:
-        assert t.correction.finished
-        draws[t.question.id, t.j].add(t.correction.token_ids)
+        assert t.after(2).finished
+        draws[t.question.id, t.path[0]].add(t.after(2).token_ids)
     assert len(draws) == SIZES["train"] * n_init
     assert all(len(different) > 1 for different in draws.values())
 

@@ -4,10 +4,13 @@ import subprocess
 import time
 from pathlib import Path
 
+import pytest
 from conftest import demo_fit
 
+pytestmark = pytest.mark.slow
+
 SAME = ["iteration-00/test.jsonl"]
-SAME += [f"iteration-01/{box}.jsonl" for box in ("initial", "trajectories", "dataset")]
+SAME += [f"iteration-01/{stage}.jsonl" for stage in ("initial", "trajectories", "dataset")]
 
 
 def workers() -> list[str]:
@@ -26,9 +29,9 @@ def test_one_process_and_two_sample_the_same(stasc, tmp_path):
         assert process.returncode == 0, process.stderr[-3000:]
         logs = sorted(path.name for path in runs[processes].glob("engine-*.log"))
         assert logs == [f"engine-{rank}.log" for rank in range(processes)]
-        assert not (runs[processes] / "under-way").exists()
-    for box in SAME:
-        assert (runs[1] / box).read_bytes() == (runs[2] / box).read_bytes(), box
+        assert not (runs[processes] / "draws/under-way").exists()
+    for stage in SAME:
+        assert (runs[1] / stage).read_bytes() == (runs[2] / stage).read_bytes(), stage
     until = time.monotonic() + 10
     mine = [line for line in workers() if str(tmp_path) in line]
     while mine and time.monotonic() < until:

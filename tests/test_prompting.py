@@ -2,22 +2,22 @@
 
 import pytest
 import yaml
-from conftest import ROOT, tiny_tokenizer
+from conftest import ROOT, answer, corrected, tiny_tokenizer
 from transformers import GenerationConfig
 
 from stasc.errors import UserError
-from stasc.prompting import Dialogue, Message, Prompts
-from stasc.trajectory import Completion, InitialAnswer, Question, Trajectory
+from stasc.prompting import Dialogue, Message, check_prompts
+from stasc.trajectory import Example, Question, Trajectory
 
-PROMPTS = Prompts(
-    initial=[Message("system", "Be brief."), Message("user", "Q: {question}")],
-    correction=[
+PROMPTS = {
+    "initial": [Message("system", "Be brief."), Message("user", "Q: {question}")],
+    "correction": [
         Message("system", "Correct it."),
         Message("user", "Q: 1+1?\nA: 3"),
         Message("assistant", "2"),
         Message("user", "Q: {question}\nA: {initial_answer}"),
     ],
-)
+}
 
 # Written out by hand: what the model reads before it corrects, and what ends its turn.
 RENDERED = {
@@ -40,9 +40,17 @@ RENDERED = {
 }
 
 
-def trajectory(tokenizer, correction: str, finished: bool) -> Trajectory:
-    said = Completion(correction, tuple(tokenizer.encode(correction)), finished)
-    return Trajectory(Question("q", "2+2?", ("4",)), 0, 0, Completion("five\n", (), True), said, 0.0, 1.0)
+def example(tokenizer, correction: str, finished: bool) -> Example:
+    learnt = answer(correction, 1.0, token_ids=tokenizer.encode(correction), finished=finished)
+    return corrected(Question("q", "2+2?", ("4",)), answer("five\n"), learnt).learn()
+
+
+def initial_prompt(dialogue: Dialogue, question: str) -> list[int]:
+    return dialogue.ask("initial", [Trajectory(Question("q", question))])[0]
+
+
+def correction_prompt(dialogue: Dialogue, question: str, wrong: str) -> list[int]:
+    return dialogue.ask("correction", [Trajectory(Question("q", question), (answer(wrong),))])[0]
 
 
 @pytest.mark.parametrize("kind", RENDERED)
@@ -50,7 +58,7 @@ def test_only_the_correction_and_its_end_of_turn_carry_loss(kind):
     tokenizer = tiny_tokenizer(kind)
     dialogue = Dialogue(tokenizer, PROMPTS)
     before, end = RENDERED[kind]
-    prompt, target = dialogue.training_example(trajectory(tokenizer, "four, sorry", finished=True))
+    prompt, target = dialogue.example(example(tokenizer, "four, sorry", finished=True))
     assert tokenizer.decode(prompt) == before
     assert tokenizer.decode(target) == "four, sorry" + end
 
@@ -59,41 +67,56 @@ def test_only_the_correction_and_its_end_of_turn_carry_loss(kind):
 def test_the_prompt_in_training_is_the_prompt_in_sampling(kind):
     tokenizer = tiny_tokenizer(kind)
     dialogue = Dialogue(tokenizer, PROMPTS)
-    prompt, _ = dialogue.training_example(trajectory(tokenizer, "four", finished=True))
-    assert prompt == dialogue.correction_prompt("2+2?", "five\n")
+    prompt, _ = dialogue.example(example(tokenizer, "four", finished=True))
+    assert prompt == correction_prompt(dialogue, "2+2?", "five\n")
     assert tokenizer.decode(prompt) == RENDERED[kind][0]
 
 
 def test_many_prompts_are_rendered_as_one_by_one():
     dialogue = Dialogue(tiny_tokenizer("no-system"), PROMPTS)
     texts = ["2+2?", "{question}", "und?", ""]
-    assert dialogue.initial_prompts(texts) == [dialogue.initial_prompt(text) for text in texts]
-    answers = [InitialAnswer(Question("q", t, ()), 0, Completion(f" {t}", (), True), 0.0) for t in texts]
-    assert dialogue.correction_prompts(answers) == [dialogue.correction_prompt(t, f" {t}") for t in texts]
-    assert dialogue.initial_prompts([]) == []
+    trajectories = [Trajectory(Question("q", text), (answer(f" {text}"),)) for text in texts]
+    for prompt in PROMPTS:
+        rendered = dialogue.ask(prompt, trajectories)
+        assert rendered == [ids for t in trajectories for ids in dialogue.ask(prompt, [t])]
+    assert dialogue.ask("initial", []) == []
 
 
-def test_a_rationalization_prompt_holds_the_reference_as_a_hint():
-    prompts = Prompts(PROMPTS.initial, PROMPTS.correction, [Message("user", "{question} Hint: {reference}")])
+def test_a_prompt_of_a_users_own_may_name_every_answer_of_the_chain_and_the_reference():
+    prompts = {"judge": [Message("user", "{answer_1}|{answer_2}|{initial_answer}|{answer_3}|{reference}")]}
     dialogue = Dialogue(tiny_tokenizer("qwen2"), prompts)
-    answer = InitialAnswer(Question("q", "2+2?", ("4", "four")), 0, Completion("five", (), True), 0.0)
-    (prompt,) = dialogue.rationalization_prompts([answer])
-    assert "2+2? Hint: 4<" in dialogue.tokenizer.decode(prompt)
+    chain = corrected(Question("q", "2+2?", ("4", "four")), answer("five"), answer("six "))
+    (ids,) = dialogue.ask("judge", [chain])
+    assert "five|six|six|{answer_3}|4<|im_end|>" in dialogue.tokenizer.decode(ids)
+    lengths, answers = dialogue.lengths("judge", 3, [chain.question])
+    assert answers == 3
+    assert lengths == [len(ids) - len("fivesixsix")]
+
+
+def test_prompts_that_are_missing_or_leave_out_their_subject_are_named():
+    check_prompts(PROMPTS, ["initial", "correction"], "data.prompts")
+    with pytest.raises(UserError, match=r"data\.prompts has no rationalization: the algorithm needs these"):
+        check_prompts(PROMPTS, ["rationalization"], "data.prompts")
+    with pytest.raises(UserError, match=r"data\.prompts has no judge"):
+        check_prompts({"judge": []}, ["judge"], "data.prompts")
+    hintless = {"rationalization": [Message("user", "{question}")]}
     with pytest.raises(UserError, match=r"data\.prompts\.rationalization has no \{reference\}"):
-        Prompts(PROMPTS.initial, PROMPTS.correction, [Message("user", "{question}")])
+        check_prompts(hintless, [], "data.prompts")
+    with pytest.raises(UserError, match=r"data\.prompts\.correction has no \{initial_answer\}"):
+        check_prompts({"correction": [Message("user", "{question}")]}, [], "data.prompts")
 
 
 @pytest.mark.parametrize("kind", RENDERED)
 def test_a_correction_that_was_cut_teaches_no_end_of_turn(kind):
     tokenizer = tiny_tokenizer(kind)
-    _, target = Dialogue(tokenizer, PROMPTS).training_example(trajectory(tokenizer, "fou", finished=False))
+    _, target = Dialogue(tokenizer, PROMPTS).example(example(tokenizer, "fou", finished=False))
     assert tokenizer.decode(target) == "fou"
 
 
 def test_qwen_keeps_its_default_system_prompt_where_we_give_none():
-    prompts = Prompts([Message("user", "Q: {question}")], PROMPTS.correction)
+    prompts = {"initial": [Message("user", "Q: {question}")]}
     tokenizer = tiny_tokenizer("qwen2")
-    assert tokenizer.decode(Dialogue(tokenizer, prompts).initial_prompt("2+2?")) == (
+    assert tokenizer.decode(initial_prompt(Dialogue(tokenizer, prompts), "2+2?")) == (
         "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
         "<|im_start|>user\nQ: 2+2?<|im_end|>\n<|im_start|>assistant\n"
     )
@@ -102,7 +125,7 @@ def test_qwen_keeps_its_default_system_prompt_where_we_give_none():
 def test_a_template_that_drops_the_system_message_without_a_word_still_gets_it():
     tokenizer = tiny_tokenizer("phi3")
     tokenizer.chat_template = tokenizer.chat_template.replace("message['role'] == 'system'", "false")
-    text = tokenizer.decode(Dialogue(tokenizer, PROMPTS).initial_prompt("2+2?"))
+    text = tokenizer.decode(initial_prompt(Dialogue(tokenizer, PROMPTS), "2+2?"))
     assert text == "<|user|>\nBe brief.\n\nQ: 2+2?<|end|>\n<|assistant|>\n"
 
 
@@ -121,7 +144,7 @@ def test_a_template_without_special_tokens_ends_turns_with_the_eos_token():
 
 def test_placeholders_in_questions_and_answers_stay_as_they_are():
     tokenizer = tiny_tokenizer("qwen2")
-    prompt = Dialogue(tokenizer, PROMPTS).correction_prompt("what is {initial_answer}?", "{question} {x}")
+    prompt = correction_prompt(Dialogue(tokenizer, PROMPTS), "what is {initial_answer}?", "{question} {x}")
     assert "Q: what is {initial_answer}?\nA: {question} {x}<|im_end|>" in tokenizer.decode(prompt)
 
 
@@ -133,16 +156,9 @@ def test_a_tokenizer_without_chat_template_is_refused():
 
 
 def test_messages_that_the_template_refuses_are_named():
-    prompts = Prompts(
-        [Message("user", "Hello."), Message("user", "Q: {question}")], correction=PROMPTS.correction
-    )
+    prompts = {"initial": [Message("user", "Hello."), Message("user", "Q: {question}")]}
     with pytest.raises(UserError, match=r"refuses the messages .*roles must alternate"):
-        Dialogue(tiny_tokenizer("no-system"), prompts).initial_prompt("2+2?")
-
-
-def test_a_prompt_without_its_placeholder_is_refused():
-    with pytest.raises(UserError, match=r"data\.prompts\.correction has no \{initial_answer\}"):
-        Prompts(PROMPTS.initial, [Message("user", "{question}")])
+        initial_prompt(Dialogue(tiny_tokenizer("no-system"), prompts), "2+2?")
 
 
 def test_the_papers_prompts_are_two_shot_for_corrections_only():
@@ -150,8 +166,8 @@ def test_the_papers_prompts_are_two_shot_for_corrections_only():
     roles = {name: [message["role"] for message in messages] for name, messages in raw.items()}
     assert roles["initial"] == ["system", "user"]
     assert roles["correction"] == ["system", "user", "assistant", "user", "assistant", "user"]
-    prompts = Prompts(**{name: [Message(**message) for message in raw[name]] for name in raw})
+    prompts = {name: [Message(**message) for message in raw[name]] for name in raw}
     tokenizer = tiny_tokenizer("no-system")
-    text = tokenizer.decode(Dialogue(tokenizer, prompts).correction_prompt("who?", "me"))
+    text = tokenizer.decode(correction_prompt(Dialogue(tokenizer, prompts), "who?", "me"))
     assert text.count("Write a correction if the initial answer is incorrect.</turn>") == 3
     assert "Final Answer: Ellen Page (now Elliot Page)</turn>" in text

@@ -1,4 +1,4 @@
-"""Questions from files: columns by name, and every mistake named by its file and line."""
+"""Questions from files: columns, and error messages that name the file and line."""
 
 import json
 
@@ -31,7 +31,7 @@ def test_columns_are_mapped(write):
     assert questions == [Question("7", "Who?", ("Ann", "Anne")), Question("8", "Where\xa0is it?", ("Rome",))]
 
 
-def test_rows_without_an_id_are_numbered_and_blank_lines_do_not_count(write):
+def test_rows_without_an_id_are_numbered_and_blank_lines_are_skipped(write):
     path = write(ROWS[0], "", ROWS[1])
     ids = [question.id for question in QuestionFile(path, question="text", references="answers").load()]
     assert ids == ["1", "2"]
@@ -49,41 +49,45 @@ def test_predict_needs_no_references(write):
         ([ROWS[0], '["a"]'], r"line 2: this is not a JSON object"),
         (
             [ROWS[0], {"qid": 9, "text": "x"}],
-            r"line 2: there is no column 'answers' \(there are: qid, text",
+            r"line 2: there is no column 'answers' \(columns: qid, text",
         ),
-        ([{**ROWS[0], "text": " "}], r"line 1: 'text' must be a text that is not empty"),
+        ([{**ROWS[0], "text": " "}], r"line 1: 'text' must be a non-empty string"),
         ([{**ROWS[0], "answers": []}], r"line 1: 'answers' is empty"),
         ([{**ROWS[0], "answers": [" "]}], r"line 1: 'answers' is empty"),
         ([{**ROWS[0], "answers": None}], r"line 1: 'answers' must be a string or a list of strings"),
         ([{**ROWS[0], "answers": [3]}], r"line 1: 'answers' must be a string or a list of strings"),
-        ([ROWS[0], "", ROWS[0]], r"line 3: the id '7' is taken already"),
+        ([ROWS[0], "", ROWS[0]], r"line 3: the id '7' occurs twice"),
         ([], r"my questions\.jsonl has no questions"),
     ],
 )
-def test_mistakes_in_a_file_are_named(write, lines, message):
+def test_error_messages_name_file_and_line(write, lines, message):
     with pytest.raises(UserError, match=message):
         QuestionFile(write(*lines), **COLUMNS).load()
 
 
-def test_a_file_that_is_not_utf8_is_named(tmp_path):
+def test_a_file_that_is_not_utf8_is_refused(tmp_path):
     path = tmp_path / "latin.jsonl"
     path.write_bytes('{"question": "é"}'.encode("latin-1"))
     with pytest.raises(UserError, match=r"latin\.jsonl, line 1: this is not UTF-8"):
         QuestionFile(str(path)).load()
 
 
-def test_a_missing_file_is_not_looked_for_on_the_hub(tmp_path):
+def test_a_missing_file_is_not_requested_from_the_hub(tmp_path):
     with pytest.raises(UserError, match=r"nowhere\.jsonl is not a file"):
         QuestionFile(str(tmp_path / "nowhere.jsonl")).load()
 
 
-def test_a_hub_id_that_cannot_be_had_is_a_plain_sentence(monkeypatch):
+@pytest.mark.slow  # imports datasets
+def test_an_unavailable_hub_data_set_is_reported_in_one_sentence(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(UserError, match=r"'nobody/nothing' is not a file here, and .* split 'test'"):
+    with pytest.raises(
+        UserError, match=r"'nobody/nothing' is not a file, and its split 'test' could not be loaded"
+    ):
         QuestionFile("nobody/nothing", split="test").load()
 
 
-def test_a_local_data_set_loads_as_one_from_the_hub_does(tmp_path, monkeypatch, write):
+@pytest.mark.slow  # imports datasets
+def test_a_local_data_set_loads_like_one_from_the_hub(tmp_path, monkeypatch, write):
     """`datasets` reads a folder of JSONL files as it reads a hub repository."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))

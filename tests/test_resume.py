@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, contents, curves, demo_fit, events, stasc_environment
 
+pytestmark = pytest.mark.slow
+
 ITERATIONS = 3
 SIZES = {"train": 80, "test": 40, "iterations": ITERATIONS}
 EPOCHS = 2
-OPTIONS = ("--algorithm.epochs", EPOCHS, "--data.batch_size", 4)
+OPTIONS = ("--algorithm.epochs", EPOCHS, "--data.batches.size", 4)
 
 
 def uninterrupted(stasc, run: Path, sampler: str) -> Path:
@@ -134,8 +136,8 @@ def test_interrupted_three_times_with_vllm(stasc, cache, with_vllm, tmp_path):
     command = (*demo_fit(run, **SIZES, sampler="VLLMSampler"), *OPTIONS)
     finished = {}
     for there, not_there in (
-        ("engine-0.log", "under-way"),  # while the engine starts
-        ("under-way", "iteration-01/initial.jsonl"),  # while it samples
+        ("engine-0.log", "draws"),  # while the engine starts
+        ("draws", "iteration-01/initial.jsonl"),  # while it samples
         ("iteration-00/metrics.json", "iteration-01/model"),  # while the model trains
     ):
         with log.open("wb") as output:
@@ -152,10 +154,10 @@ def test_interrupted_three_times_with_vllm(stasc, cache, with_vllm, tmp_path):
             with suppress(ProcessLookupError):
                 os.killpg(program.pid, signal.SIGINT)
             time.sleep(0.1)
-        said = log.read_text()
-        assert program.returncode == 130, said
-        assert said.splitlines()[-1].startswith("stasc: interrupted; the same command goes on")
-        assert "Traceback" not in said
+        output = log.read_text()
+        assert program.returncode == 130, output
+        assert output.splitlines()[-1].startswith("stasc: interrupted; run the same command again")
+        assert "Traceback" not in output
         assert not (run / not_there).exists(), "interrupted too late"
         assert_no_workers(program.pid)
         finished |= {path: path.stat().st_mtime_ns for path in run.glob("iteration-*/*.json*")}

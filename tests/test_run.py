@@ -5,13 +5,35 @@ from typing import Any
 import pytest
 
 from stasc.errors import UserError
-from stasc.run import Run, copy_file, write_folder, write_json, write_lines
+from stasc.run import (
+    NEVER,
+    START,
+    TRAINING,
+    FirstUse,
+    Run,
+    SystemRecord,
+    write_folder,
+    write_json,
+    write_lines,
+)
+
+SYSTEM = SystemRecord("EIE", 2, 1.0, False, 42, {"algorithm.init_args.variant": "EIE"})
 
 
 def config(variant: str = "EIE", iterations: int = 2, **others: Any) -> dict[str, Any]:
     options = {"variant": variant, "iterations": iterations}
     algorithm = {"class_path": "stasc.algorithm.STaSC", "init_args": options}
     return {"algorithm": algorithm, "trainer": {"devices": 1}, "run_dir": "a", **others}
+
+
+def first_use(option: str, before: Any, now: Any) -> FirstUse:
+    if option in ("run_dir", "trainer.devices"):
+        return NEVER
+    return TRAINING if option == "rate" else START
+
+
+def claim(run: Run, configuration: dict[str, Any]) -> None:
+    run.claim(configuration, SYSTEM, first_use)
 
 
 def test_what_is_interrupted_leaves_the_old_file_and_no_folder(tmp_path):
@@ -40,19 +62,24 @@ def test_what_is_interrupted_leaves_the_old_file_and_no_folder(tmp_path):
     assert [p.name for p in (tmp_path / "model").iterdir()] == ["weights"]
 
 
-def test_the_same_configuration_continues_a_run(tmp_path):
+def test_a_run_goes_on_with_whatever_has_no_part_in_its_results(tmp_path):
     run = Run(tmp_path / "run")
-    run.claim(config())
-    run.claim(config())
-    run.claim(config(trainer={"devices": 2}, run_dir="moved", reuse="elsewhere"))
+    claim(run, config())
+    write_lines(run.iteration(1).answers(1), ["{}"])
+    claim(run, config())
+    claim(run, config(trainer={"devices": 2}, run_dir="moved"))
+    assert run.read_system() == SYSTEM
 
 
-def test_more_iterations_continue_a_run_and_fewer_do_not(tmp_path):
+def test_an_option_may_change_until_the_first_file_that_follows_from_it(tmp_path):
     run = Run(tmp_path)
-    run.claim(config())
-    run.claim(config(iterations=3))
-    with pytest.raises(UserError, match=r"another --algorithm\.iterations \(3, now 2\)"):
-        run.claim(config())
+    claim(run, config(rate=1))
+    claim(run, config(variant="FIF", rate=1))  # nothing was sampled yet
+    write_lines(run.iteration(1).answers(1), ["{}"])
+    claim(run, config(variant="FIF", rate=2))
+    write_json(run.iteration(1).training, {})
+    with pytest.raises(UserError, match=r"another --rate \(2, now 3\)"):
+        claim(run, config(variant="FIF", rate=3))
 
 
 @pytest.mark.parametrize(
@@ -72,21 +99,26 @@ def test_more_iterations_continue_a_run_and_fewer_do_not(tmp_path):
 )
 def test_another_configuration_is_refused_as_a_user_types_it_and_the_old_one_stays(tmp_path, other, named):
     run = Run(tmp_path)
-    run.claim(config())
+    claim(run, config())
+    write_lines(run.iteration(1).answers(1), ["{}"])
     before = run.config.read_bytes()
     with pytest.raises(UserError, match=f"holds a run with another {named}.*: choose another"):
-        run.claim(other)
+        claim(run, other)
     assert run.config.read_bytes() == before
 
 
-def test_iterations_without_a_configuration_are_nobodys(tmp_path):
+def test_iterations_without_a_configuration_belong_to_nobody(tmp_path):
     (tmp_path / "iteration-01").mkdir()
     with pytest.raises(UserError, match=r"without its config\.yaml"):
-        Run(tmp_path).claim(config())
+        claim(Run(tmp_path), config())
 
 
-def test_a_copy_has_the_same_bytes(tmp_path):
-    source, copy = tmp_path / "source.jsonl", tmp_path / "deep" / "copy.jsonl"
-    source.write_text('"line\u2028separator"\n"carriage\\r return"\n', encoding="utf-8", newline="")
-    copy_file(source, copy)
-    assert copy.read_bytes() == source.read_bytes()
+def test_a_run_of_an_earlier_version_is_not_continued(tmp_path):
+    run = Run(tmp_path)
+    claim(run, config())
+    write_lines(run.iteration(1).answers(1), ["{}"])
+    run.system.unlink()
+    with pytest.raises(UserError, match="a run of an earlier version"):
+        claim(run, config())
+    with pytest.raises(UserError, match=r"system\.json cannot be read"):
+        run.read_system()

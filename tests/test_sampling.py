@@ -1,4 +1,4 @@
-"""Both samplers, real, on tiny random models; one vLLM engine serves almost all tests."""
+"""Both samplers on tiny random models; almost all tests share one vLLM engine."""
 
 import functools
 import json
@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -22,8 +23,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwe
 
 import stasc
 from stasc.errors import UserError
-from stasc.sampling import Request, Sampling, TransformersSampler, VLLMSampler
-from stasc.sampling import vllm as handle
+from stasc.run import NEVER, START
+from stasc.sampling import Draw, Request, Sampler, Sampling, TransformersSampler, VLLMSampler
+from stasc.sampling import vllm as vllm_module
+
+pytestmark = pytest.mark.slow
 
 CONTEXT = 128
 VOCABULARY = 300
@@ -31,7 +35,13 @@ CPU = torch.device("cpu")
 GREEDY = Sampling(temperature=0.0, top_p=0.9, max_tokens=24)
 WARM = Sampling(temperature=0.8, top_p=0.9, max_tokens=24)
 
-DEFAULTS = {"do_sample": True, "top_k": 1, "repetition_penalty": 5.0, "temperature": 0.1, "eos_token_id": 9}
+GENERATION_CONFIG = {
+    "do_sample": True,
+    "top_k": 1,
+    "repetition_penalty": 5.0,
+    "temperature": 0.1,
+    "eos_token_id": 9,
+}
 
 
 def random_model(seed: int) -> Qwen2ForCausalLM:
@@ -53,14 +63,17 @@ def random_model(seed: int) -> Qwen2ForCausalLM:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> Path:
-    """``first`` has hidden defaults that would change every completion; ``plain`` is it without them, and
-    ``embedding`` is ``plain`` but for the embedding, which is the output layer too."""
+    """Model folders.
+
+    ``first`` has a generation_config.json that would change every completion, and the weights of ``plain``,
+    which has none. ``embedding`` differs from ``plain`` in the embedding, which is also the output layer.
+    """
     root = tmp_path_factory.mktemp("some models")
     names = {"plain": 0, "first": 0, "embedding": 0, "second": 1, "incomplete": 1, "truncated": 1}
     for name, seed in names.items():
         random_model(seed).save_pretrained(root / name)
         (root / name / "generation_config.json").unlink()
-    (root / "first" / "generation_config.json").write_text(json.dumps(DEFAULTS))
+    (root / "first" / "generation_config.json").write_text(json.dumps(GENERATION_CONFIG))
     weights = {name: root / name / "model.safetensors" for name in names}
 
     tensors = load_file(weights["embedding"])
@@ -81,8 +94,8 @@ def samplers(models):
         "transformers": TransformersSampler(batch_size=16),
         "vllm": VLLMSampler(kv_cache_gib=0.1, log_level="WARNING"),
     }
-    with pytest.MonkeyPatch.context() as shell:
-        shell.setenv("VLLM_BATCH_INVARIANT", "1")  # would be the end of an engine on the CPU
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("VLLM_BATCH_INVARIANT", "1")  # would crash an engine on CPU
         for sampler in started.values():
             sampler.start(models / "first", device=CPU, context=CONTEXT, log=models / "engine.log")
     yield started
@@ -121,7 +134,7 @@ def read(folder: Path) -> PreTrainedModel:
 
 @torch.inference_mode()
 def greedy(folder: Path, prompt: list[int], max_tokens: int) -> tuple[int, ...]:
-    """The completion by its definition, without cache, batch or generate."""
+    """The greedy completion, computed without cache, batch or generate."""
     ids = list(prompt)
     for _ in range(max_tokens):
         ids.append(read(folder)(torch.tensor([ids])).logits[0, -1].argmax().item())
@@ -130,7 +143,7 @@ def greedy(folder: Path, prompt: list[int], max_tokens: int) -> tuple[int, ...]:
 
 @torch.inference_mode()
 def log_probabilities(folder: Path, ids: list[int], head: Path | None = None) -> torch.Tensor:
-    """Those of the model in ``folder``, with the output layer of another if ``head`` is given."""
+    """Log-probabilities under the model in ``folder``, with the output layer of ``head`` if given."""
     hidden = read(folder).model(torch.tensor([ids])).last_hidden_state[0, :-1]
     scores = (hidden @ read(head or folder).lm_head.weight.T).log_softmax(dim=-1)
     return scores[torch.arange(len(ids) - 1), ids[1:]]
@@ -140,13 +153,13 @@ def worker_pid(sampler: VLLMSampler) -> int:
     return sampler._engine._process.pid
 
 
-def test_greedy_is_the_argmax_whatever_the_generation_config_says(sampler, models):
+def test_greedy_is_the_argmax_and_ignores_the_generation_config(sampler, models):
     asked = requests(6, n=2)
     for request, draws in zip(asked, all_draws(sampler, asked, GREEDY), strict=True):
         assert draws == [(greedy(models / "plain", request.prompt_ids, GREEDY.max_tokens), False)] * 2
 
 
-def test_draws_depend_on_prompt_and_seed_alone(sampler):
+def test_draws_depend_only_on_prompt_and_seed(sampler):
     asked = requests(24, n=3)
     expected = all_draws(sampler, asked, WARM, [5])
     assert all(len(set(draws)) > 1 for draws in expected)
@@ -170,7 +183,7 @@ def test_generation_config_changes_no_draw(samplers, models):
     assert all_draws(plain, asked, WARM) == all_draws(samplers["transformers"], asked, WARM)
 
 
-def test_exactly_the_stop_ids_end_a_completion(sampler, models):
+def test_only_the_stop_ids_end_a_completion(sampler, models):
     request = requests(1)[0]
     tokens = greedy(models / "plain", request.prompt_ids, GREEDY.max_tokens)
     stop = tokens[10]
@@ -223,7 +236,7 @@ def test_new_weights(sampler, models):
         ("truncated", r"truncated has no usable safetensors weights"),
     ],
 )
-def test_damaged_weights_are_refused_and_the_old_ones_stay(sampler, models, folder, reason):
+def test_damaged_weights_are_refused_and_the_old_ones_stay_loaded(sampler, models, folder, reason):
     asked = requests(3)
     before = all_draws(sampler, asked, GREEDY)
     engine = getattr(sampler, "_engine", None)
@@ -234,25 +247,25 @@ def test_damaged_weights_are_refused_and_the_old_ones_stay(sampler, models, fold
     assert getattr(sampler, "_engine", None) is engine
 
 
-def test_log_probabilities_are_the_models(sampler, models):
+def test_log_probabilities_match_the_model(sampler, models):
     prefix, *others = (request.prompt_ids * 10 for request in requests(4))
     sequences = [prefix[:70], *(prefix[:70] + ids[:20] for ids in others), [3], prefix[: CONTEXT - 1]]
     for folder in ("first", "second", "first"):
         sampler.load(models / folder)
         expected = [log_probabilities(models / folder, ids) for ids in sequences]
-        all_draws(sampler, [Request(ids, 2, 0) for ids in sequences[:4]], WARM)  # a warm prefix cache
+        all_draws(sampler, [Request(ids, 2, 0) for ids in sequences[:4]], WARM)  # fills the prefix cache
         for _ in range(2):
             found = sampler.log_probabilities(sequences)
-            for of_found, of_expected in zip(found, expected, strict=True):
-                torch.testing.assert_close(torch.tensor(of_found), of_expected, atol=1e-4, rtol=0)
+            for actual, reference in zip(found, expected, strict=True):
+                torch.testing.assert_close(torch.tensor(actual), reference, atol=1e-4, rtol=0)
 
 
-def test_log_probabilities_tell_old_weights_from_new(sampler, models):
+def test_log_probabilities_follow_new_weights(sampler, models):
     ids = requests(8)[7].prompt_ids
     sampler.load(models / "embedding")
     found = torch.tensor(sampler.log_probabilities([ids])[0])
     torch.testing.assert_close(found, log_probabilities(models / "embedding", ids), atol=1e-4, rtol=0)
-    for stale in ("first", "embedding"):  # all of it, or the output layer alone
+    for stale in ("first", "embedding"):  # all weights are old, or only those of the output layer
         old = log_probabilities(models / stale, ids, head=models / "first")
         assert (found - old).abs().mean() > 1e-2
 
@@ -270,15 +283,15 @@ def test_prompt_tokens_from_the_prefix_cache(samplers, vllm):
     assert vllm.prefix_hits == 0
 
     prefix = generator.choices(range(VOCABULARY), k=96)  # three blocks
-    alike = [Request(prefix + generator.choices(range(VOCABULARY), k=4), 3, 0) for _ in range(20)]
-    all_draws(vllm, alike, one_token)
+    shared = [Request(prefix + generator.choices(range(VOCABULARY), k=4), 3, 0) for _ in range(20)]
+    all_draws(vllm, shared, one_token)
     assert vllm.prefix_hits == pytest.approx(19 / 20 * 96 / 100)
-    all_draws(vllm, alike, replace(GREEDY, max_tokens=1))
+    all_draws(vllm, shared, replace(GREEDY, max_tokens=1))
     assert vllm.prefix_hits == pytest.approx(96 / 100)
     assert list(vllm.sample([], WARM, [])) == []
     assert vllm.prefix_hits is None
 
-    all_draws(samplers["transformers"], alike[:2], one_token)
+    all_draws(samplers["transformers"], shared[:2], one_token)
     assert samplers["transformers"].prefix_hits is None
 
 
@@ -290,11 +303,11 @@ def test_impossible_requests_are_refused(sampler, request_):
         sampler.sample([*requests(1), request_], WARM, [])
 
 
-def test_no_requests_no_draws(sampler):
+def test_no_requests_give_no_draws(sampler):
     assert list(sampler.sample([], WARM, [])) == []
 
 
-def test_training_process_is_left_alone(sampler, models):
+def test_sampling_leaves_the_state_of_the_training_process_unchanged(sampler, models):
     states = torch.get_rng_state(), random.getstate(), torch.get_num_threads(), dict(os.environ)
     sampler.load(models / "second")
     all_draws(sampler, requests(3), WARM)
@@ -303,7 +316,7 @@ def test_training_process_is_left_alone(sampler, models):
     assert "vllm" not in sys.modules
 
 
-def test_a_killed_worker_costs_no_draw(vllm, caplog):
+def test_a_killed_worker_loses_no_draws(vllm, caplog):
     asked = requests(300)
     expected = all_draws(vllm, asked, WARM, [5])
     pid = worker_pid(vllm)
@@ -318,18 +331,18 @@ def test_a_killed_worker_costs_no_draw(vllm, caplog):
     assert worker_pid(vllm) != pid
 
 
-def test_dying_twice_in_a_row_is_told(models, monkeypatch):
-    monkeypatch.setattr(handle, "_environment", lambda device: {"PYTHONHOME": "nowhere"})
+def test_a_worker_that_dies_twice_in_a_row_is_reported(models, monkeypatch):
+    monkeypatch.setattr(vllm_module, "_environment", lambda device: {"PYTHONHOME": "nowhere"})
     sampler = VLLMSampler()
     sampler.start(models / "first", device=CPU, context=CONTEXT, log=models / "dead.log")
-    with pytest.raises(UserError, match=r"died twice.*dead\.log.*the same command goes on"):
+    with pytest.raises(UserError, match=r"died twice.*dead\.log.*run the same command again to resume"):
         list(sampler.sample(requests(1), WARM, []))
     assert sampler._engine is None
     assert "encodings" in (models / "dead.log").read_text()
 
 
 @pytest.mark.parametrize(("gib", "advice"), [(1e6, "Lower"), (5e-5, "Raise")])
-def test_an_impossible_cache_is_told(models, tmp_path, gib, advice):
+def test_an_impossible_cache_size_is_reported(models, tmp_path, gib, advice):
     sampler = VLLMSampler(kv_cache_gib=gib)
     sampler.start(models / "first", device=CPU, context=CONTEXT, log=tmp_path / "cache.log")
     pid = worker_pid(sampler)
@@ -338,11 +351,11 @@ def test_an_impossible_cache_is_told(models, tmp_path, gib, advice):
         UserError, match=rf"cache\.log.*{advice} kv_cache_gib \(now {re.escape(f'{gib:g}')}\)"
     ):
         sampler.load(models / "second")
-    assert time.monotonic() - began < 60  # most of it the start of an engine
+    assert time.monotonic() - began < 60  # mostly the start of the engine
     assert not session(pid)
 
 
-def test_an_abandoned_stream_does_not_spoil_the_next(vllm):
+def test_closing_a_stream_early_does_not_affect_the_next_one(vllm):
     asked = requests(5)
     sequences = [request.prompt_ids for request in asked]
     expected = all_draws(vllm, asked, GREEDY), vllm.log_probabilities(sequences)
@@ -353,8 +366,8 @@ def test_an_abandoned_stream_does_not_spoil_the_next(vllm):
     assert all_draws(vllm, asked, GREEDY) == expected[0]
 
 
-def test_no_vllm_is_told(models, monkeypatch):
-    monkeypatch.setattr(handle.importlib.util, "find_spec", lambda name: None)
+def test_missing_vllm_is_reported(models, monkeypatch):
+    monkeypatch.setattr(vllm_module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"\./setup\.sh.*--sampler TransformersSampler"):
         VLLMSampler().start(models / "first", device=CPU, context=CONTEXT, log=models / "unused.log")
 
@@ -364,7 +377,7 @@ import signal, sys, torch
 from pathlib import Path
 from stasc.sampling import Request, Sampling, VLLMSampler
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests may ignore it
+signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests may run with SIGINT ignored
 sampler = VLLMSampler(kv_cache_gib=0.1)
 sampler.start(Path(sys.argv[1]), device=torch.device("cpu"), context=64, log=Path(sys.argv[2]))
 print(sampler._engine._process.pid, flush=True)
@@ -375,12 +388,12 @@ while True:
 
 
 def session(leader: int) -> list[int]:
-    """The living processes of a session, as which each worker runs."""
+    """The living processes of a session; each worker leads its own session."""
     living = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(FileNotFoundError, ProcessLookupError):
-            state, _, _, its_session, *_ = stat.read_text().rpartition(")")[2].split()
-            if state != "Z" and int(its_session) == leader:
+            state, _, _, session_id, *_ = stat.read_text().rpartition(")")[2].split()
+            if state != "Z" and int(session_id) == leader:
                 living.append(int(stat.parent.name))
     return living
 
@@ -388,13 +401,13 @@ def session(leader: int) -> list[int]:
 @pytest.mark.parametrize(
     ("how", "when"),
     [
-        (signal.SIGKILL, "while it starts"),
-        (signal.SIGKILL, "while it samples"),
-        (signal.SIGINT, "while it samples"),
+        (signal.SIGKILL, "starting"),
+        (signal.SIGKILL, "sampling"),
+        (signal.SIGINT, "sampling"),
     ],
 )
 def test_the_worker_ends_with_its_parent(models, tmp_path, how, when):
-    # Uninstalled, from the repository's root, in a path with a space.
+    # The worker must find a copy of stasc that is not installed, in a path with a space.
     root = tmp_path / "a copy"
     shutil.copytree(Path(stasc.__file__).parent, root / "stasc")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -411,12 +424,12 @@ def test_the_worker_ends_with_its_parent(models, tmp_path, how, when):
     )
     worker = int(parent.stdout.readline())
     assert session(worker)
-    if when == "while it samples":
+    if when == "sampling":
         assert parent.stdout.readline() == "sampling\n"
     os.killpg(parent.pid, how)  # Ctrl-C goes to the whole foreground process group
-    said, _ = parent.communicate(timeout=30)
+    output, _ = parent.communicate(timeout=30)
     assert parent.returncode == -how
-    assert ("KeyboardInterrupt" in said) == (how == signal.SIGINT)
+    assert ("KeyboardInterrupt" in output) == (how == signal.SIGINT)
     deadline = time.monotonic() + 30
     while session(worker) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -428,37 +441,42 @@ def test_environment_of_the_worker(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert handle._environment(torch.device("cuda", 1))["CUDA_VISIBLE_DEVICES"] == "1"
+    assert vllm_module._environment(torch.device("cuda", 1))["CUDA_VISIBLE_DEVICES"] == "1"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, GPU-7")
-    environment = handle._environment(torch.device("cuda", 1))
+    environment = vllm_module._environment(torch.device("cuda", 1))
     assert environment["CUDA_VISIBLE_DEVICES"] == "GPU-7"
     assert not {"RANK", "MASTER_ADDR"} & environment.keys()
 
 
-def test_the_config_decides_and_not_the_shell(models, monkeypatch):
+def test_the_config_overrides_the_environment(models, monkeypatch):
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     launched = []
-    monkeypatch.setattr(handle, "_Engine", lambda options, environment, log: launched.append(environment))
+    monkeypatch.setattr(
+        vllm_module, "_Engine", lambda options, environment, log: launched.append(environment)
+    )
     for sampler in (VLLMSampler(), VLLMSampler(log_level="DEBUG", batch_invariant=True)):
         sampler.start(
             models / "first", device=torch.device("cuda", 0), context=CONTEXT, log=models / "unused.log"
         )
-    of_interest = "VLLM_BATCH_INVARIANT", "VLLM_LOGGING_LEVEL"
-    assert [[e[name] for name in of_interest] for e in launched] == [["0", "INFO"], ["1", "DEBUG"]]
+    names = "VLLM_BATCH_INVARIANT", "VLLM_LOGGING_LEVEL"
+    assert [[environment[name] for name in names] for environment in launched] == [
+        ["0", "INFO"],
+        ["1", "DEBUG"],
+    ]
 
 
-def test_a_level_of_the_log(vllm, models):
+def test_log_level(vllm, models):
     assert all_draws(vllm, requests(1), WARM)
     log = (models / "engine.log").read_text()
     assert " WARNING " in log
     assert " INFO " not in log
 
 
-def test_batch_invariance_is_refused_where_there_is_none(models, monkeypatch):
+def test_batch_invariance_is_refused_on_unsupported_devices(models, monkeypatch):
     sampler = VLLMSampler(batch_invariant=True)
-    with pytest.raises(UserError, match=r"batch_invariant.*On the CPU draws in float32 do not depend"):
+    with pytest.raises(UserError, match=r"batch_invariant.*On CPU, float32 draws do not depend"):
         sampler.start(models / "first", device=CPU, context=CONTEXT, log=models / "unused.log")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     with pytest.raises(UserError, match=r"batch_invariant.*8\.0 or more.*7\.5"):
@@ -467,3 +485,38 @@ def test_batch_invariance_is_refused_where_there_is_none(models, monkeypatch):
         )
     assert sampler._engine is None
     assert not (models / "unused.log").exists()
+
+
+def test_identity(samplers, models):
+    class CustomSampler(TransformersSampler):
+        pass
+
+    assert samplers["transformers"].identity == "stasc.sampling.transformers.TransformersSampler cpu float32"
+    assert samplers["vllm"].identity == "stasc.sampling.vllm.VLLMSampler cpu float32"
+    assert VLLMSampler(batch_invariant=True).identity == "stasc.sampling.vllm.VLLMSampler batch_invariant"
+    custom = CustomSampler(batch_size=1)
+    custom.start(models / "first", device=CPU, context=CONTEXT, log=models / "unused.log")
+    assert custom.identity.endswith("CustomSampler cpu float32")
+    assert custom.identity != samplers["transformers"].identity
+
+
+def test_options_that_never_change_draws():
+    options = {
+        VLLMSampler(): ("kv_cache_gib", "log_level", "batch_invariant"),
+        TransformersSampler(): ("batch_size",),
+    }
+    for sampler, names in options.items():
+        assert all(sampler.first_use(name, 1, 2) is NEVER for name in names)
+        assert sampler.first_use("another", 1, 2) is START
+
+
+def test_the_example_of_a_custom_sampler():
+    code = Sampler.__doc__[Sampler.__doc__.index("    class EchoSampler") :]
+    namespace = {"Sampler": Sampler, "Draw": Draw, "Path": Path, "torch": torch}
+    exec(compile(textwrap.dedent(code), "example", "exec", dont_inherit=True), namespace)
+    sampler = namespace["EchoSampler"]()
+    sampler.start(Path("unused"), device=CPU, context=CONTEXT, log=Path("unused"))
+    request = Request([7, 8, 9], 2, 0)
+    assert list(sampler.sample([request], Sampling(max_tokens=2), [])) == [(0, [Draw((7, 8), False)] * 2)]
+    assert sampler.log_probabilities([[7, 8, 9]]) == [[0.0, 0.0]]
+    assert sampler.identity.endswith("EchoSampler cpu")

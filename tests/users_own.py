@@ -1,16 +1,81 @@
-"""What users bring along and name by its class path: a reward, a callback, samplers."""
+"""What users bring along and name by its class path: systems, a reward, callbacks, a sampler."""
 
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from stasc.algorithm import Algorithm, Turn
+from stasc.filtering import improves
 from stasc.reward import InAccuracy
 from stasc.sampling import TransformersSampler
+from stasc.trajectory import Example, Trajectory
+
+
+class ThreeTurns(Algorithm):
+    """Two initial answers, a correction of each, and three second looks at a correction that is wrong.
+
+    It learns second looks that improve, and unlearns a little the corrections that made a right answer wrong.
+
+    Args:
+        regret: Weight of a correction that is unlearnt.
+        **common: Those of ``Algorithm``.
+    """
+
+    def __init__(self, regret: float = 0.25, **common: Any) -> None:
+        super().__init__(**common)
+        self.regret = regret
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        return *super().turns, Turn("second_look", 3, self.ends_wrong)
+
+    def test_turns(self, samples: int) -> tuple[Turn, ...]:
+        return *super().test_turns(samples), Turn("second_look")
+
+    def initial_model(self, n: int) -> int:
+        return n - 1
+
+    def base_model(self, n: int) -> int:
+        return n - 1
+
+    def select(self, trajectories: Iterable[Trajectory]) -> Iterator[Example]:
+        for trajectory in trajectories:
+            if trajectory.turn == 3 and improves(trajectory):
+                yield trajectory.learn()
+            if trajectory.reward(1) > trajectory.reward(2) and trajectory.path[2:] in ((), (0,)):
+                yield trajectory.learn(turn=2, weight=-self.regret)
+
+
+class TwoIterations(Algorithm):
+    """A system without options, which fixes its iterations in code."""
+
+    def __init__(self) -> None:
+        super().__init__(iterations=2, n_init=2, epochs=2)
+
+    @property
+    def name(self) -> str:
+        return "Two iterations"
+
+    def initial_model(self, n: int) -> int:
+        return n - 1
+
+    def base_model(self, n: int) -> int:
+        return 0
+
+    def select(self, trajectories: Iterable[Trajectory]) -> Iterator[Example]:
+        return (trajectory.learn() for trajectory in trajectories if self.right(trajectory.reward(2)))
+
+
+class GivesTrajectories(TwoIterations):
+    """Mistakes trajectories for examples."""
+
+    def select(self, trajectories: Iterable[Trajectory]) -> Iterator[Trajectory]:
+        return iter(trajectories)
 
 
 class PaysInIteration(InAccuracy):
@@ -50,7 +115,7 @@ class KeepsABatch(Callback):
 
 
 class StaleSampler(TransformersSampler):
-    """Says that it took the new weights, and samples from the old ones."""
+    """Claims to have taken the new weights, and samples from the old ones."""
 
     def load(self, model: Path) -> None:
         return None

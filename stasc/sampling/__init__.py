@@ -1,4 +1,4 @@
-"""Sampling: token ids in, token ids out."""
+"""Sampling engines: from prompt token ids to completion token ids."""
 
 from stasc.sampling.base import Draw, Request, Sampler, Sampling
 from stasc.sampling.transformers import TransformersSampler

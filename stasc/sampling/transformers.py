@@ -1,9 +1,10 @@
-"""Sampling with Hugging Face ``generate`` in the training process: slower than vLLM, and always there."""
+"""Sampling with Hugging Face ``generate`` in the training process: slower than vLLM, always available."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from transformers import (
@@ -18,19 +19,21 @@ from transformers import (
 )
 
 from stasc.errors import UserError
+from stasc.model_folder import ModelFolder
+from stasc.run import NEVER, FirstUse
 from stasc.sampling.base import Draw, Request, Sampler, Sampling, check_requests, check_sequences
-from stasc.sampling.folder import check_same_tensors, model_dtype, read_config, tensor_shapes
 
 
 class TransformersSampler(Sampler):
     """Samples with ``generate`` on the training device.
 
-    The weights are read when the first completion needs them. ``release`` drops them from a GPU; on CPU
-    they stay.
+    The weights are loaded when they are first needed. ``release`` frees GPU memory; on CPU it keeps them.
 
     Args:
-        batch_size: Completions that are made at the same time.
+        batch_size: Number of completions generated at the same time.
     """
+
+    first_uses: ClassVar[Mapping[str, FirstUse]] = {"batch_size": NEVER}
 
     def __init__(self, batch_size: int = 64) -> None:
         if batch_size < 1:
@@ -42,17 +45,18 @@ class TransformersSampler(Sampler):
         """See ``Sampler``; ``log`` is not used."""
         self.close()
         self._model = model.resolve()
-        self._tensors = tensor_shapes(self._model)
-        self._vocabulary = read_config(self._model).get("vocab_size")
-        self._dtype = getattr(torch, model_dtype(self._model))
+        folder = ModelFolder(self._model)
+        self._tensors = folder.tensor_shapes()
+        self._vocabulary = folder.config.get("vocab_size")
+        self._dtype = getattr(torch, folder.dtype)
         self._device, self._context = device, context
 
     def load(self, model: Path) -> None:
-        """See ``Sampler``; refuses a folder whose tensors are not those of the one given to ``start``."""
+        """See ``Sampler``; refuses a folder whose tensors differ from those of the first folder."""
         model = model.resolve()
         if model == self._model:
             return
-        check_same_tensors(self._tensors, model)
+        ModelFolder(model).check_same_tensors(self._tensors)
         self._model = model
         self._network = None
 
@@ -67,16 +71,16 @@ class TransformersSampler(Sampler):
     def log_probabilities(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """See ``Sampler``."""
         check_sequences(sequences, self._context, self._vocabulary)
-        network = self._ready()
-        found = []
-        for sequence in sequences:  # one at a time, so nothing is padded
+        network = self._loaded_network()
+        log_probabilities = []
+        for sequence in sequences:  # one at a time, to avoid padding
             ids = torch.tensor([list(sequence)], device=self._device)
             scores = network(ids, use_cache=False).logits[0, :-1].float().log_softmax(dim=-1)
-            found.append(scores.gather(1, ids[0, 1:, None])[:, 0].tolist())
-        return found
+            log_probabilities.append(scores.gather(1, ids[0, 1:, None])[:, 0].tolist())
+        return log_probabilities
 
     def release(self) -> None:
-        """See ``Sampler``; on CPU the weights stay."""
+        """See ``Sampler``; does nothing on CPU."""
         if self._device.type == "cuda":
             self._network = None
             torch.cuda.empty_cache()
@@ -89,36 +93,36 @@ class TransformersSampler(Sampler):
         self, requests: Sequence[Request], sampling: Sampling, stop_ids: list[int]
     ) -> Iterator[tuple[int, list[Draw]]]:
         greedy = sampling.temperature == 0
-        # The longest first: what does not fit the memory shows at once, and neighbours need little padding.
+        # Longest first: running out of memory shows at once, and similar lengths need little padding.
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i].prompt_ids))
-        rows = [(i, child) for i in order for child in range(1 if greedy else requests[i].n)]
-        drawn: dict[int, list[Draw]] = {i: [] for i in order}
-        for at in range(0, len(rows), self.batch_size):
-            batch = rows[at : at + self.batch_size]
+        rows = [(i, number) for i in order for number in range(1 if greedy else requests[i].n)]
+        draws: dict[int, list[Draw]] = {i: [] for i in order}
+        for start in range(0, len(rows), self.batch_size):
+            batch = rows[start : start + self.batch_size]
             prompts = [requests[i].prompt_ids for i, _ in batch]
-            seeds = [requests[i].seed + child for i, child in batch]
-            draws = self._generate(prompts, seeds, sampling, stop_ids)
-            for (i, _), draw in zip(batch, draws, strict=True):
-                drawn[i] += [draw] * (requests[i].n if greedy else 1)
-                if len(drawn[i]) == requests[i].n:
-                    yield i, drawn.pop(i)
+            seeds = [requests[i].seed + number for i, number in batch]
+            batch_draws = self._generate(prompts, seeds, sampling, stop_ids)
+            for (i, _), draw in zip(batch, batch_draws, strict=True):
+                draws[i] += [draw] * (requests[i].n if greedy else 1)
+                if len(draws[i]) == requests[i].n:
+                    yield i, draws.pop(i)
 
     @torch.inference_mode()
     def _generate(
         self, prompts: Sequence[Sequence[int]], seeds: list[int], sampling: Sampling, stop_ids: list[int]
     ) -> list[Draw]:
-        places = {prompt: at for at, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
-        rows = torch.tensor([places[tuple(prompt)] for prompt in prompts], device=self._device)
-        width = max(map(len, places))
-        ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in places], device=self._device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in places], device=self._device)
+        row_of = {prompt: row for row, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+        rows = torch.tensor([row_of[tuple(prompt)] for prompt in prompts], device=self._device)
+        width = max(map(len, row_of))
+        ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in row_of], device=self._device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in row_of], device=self._device)
         processors = LogitsProcessorList()
         if sampling.temperature > 0:
             processors.append(_SeededDraw(sampling, seeds, width, self._device))
-        completed = self._ready().generate(
+        completed = self._loaded_network().generate(
             ids[rows],
             attention_mask=mask[rows],
-            past_key_values=self._read_prompts(ids, mask, rows),
+            past_key_values=self._prefill(ids, mask, rows),
             logits_processor=processors,
             generation_config=GenerationConfig(
                 do_sample=False,
@@ -129,40 +133,46 @@ class TransformersSampler(Sampler):
         )
         return [_until_stop(row, stop_ids) for row in completed[:, width:].tolist()]
 
-    def _read_prompts(self, ids: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor) -> DynamicCache:
-        """What the model keeps of the prompts, each computed once, in the order of ``rows``.
+    def _prefill(self, ids: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor) -> DynamicCache:
+        """The key-value cache of distinct prompts, repeated as in ``rows``.
 
-        Without their last tokens: ``generate`` wants something to begin with.
+        It leaves out the last token of each prompt: ``generate`` needs at least one token to process.
         """
-        network = self._ready()
+        network = self._loaded_network()
         cache = DynamicCache(config=network.config)
         ids, mask = ids[:, :-1], mask[:, :-1]
         if ids.shape[1]:
-            place = (mask.cumsum(dim=-1) - 1).clamp(min=0)
-            network(ids, attention_mask=mask, position_ids=place, past_key_values=cache, logits_to_keep=1)
+            position_ids = (mask.cumsum(dim=-1) - 1).clamp(min=0)
+            network(
+                ids,
+                attention_mask=mask,
+                position_ids=position_ids,
+                past_key_values=cache,
+                logits_to_keep=1,
+            )
             cache.batch_select_indices(rows)
         return cache
 
-    def _ready(self) -> PreTrainedModel:
+    def _loaded_network(self) -> PreTrainedModel:
         if self._network is None:
-            self._network = self._read()
+            self._network = self._load_network()
         return self._network
 
-    def _read(self) -> PreTrainedModel:
-        with torch.random.fork_rng(devices=[]):  # random initialisation comes before the weights
+    def _load_network(self) -> PreTrainedModel:
+        with torch.random.fork_rng(devices=[]):  # from_pretrained draws random weights first
             network, report = AutoModelForCausalLM.from_pretrained(
                 self._model, dtype=self._dtype, output_loading_info=True
             )
         if report["missing_keys"]:
             raise UserError(f"{self._model} lacks weights: {', '.join(sorted(report['missing_keys'])[:3])}.")
-        network.generation_config = GenerationConfig()  # generate takes from it whatever it is not told
+        network.generation_config = GenerationConfig()  # generate would use its defaults
         return network.to(self._device).eval()
 
 
 class _SeededDraw(LogitsProcessor):
-    """Draws the next token of each row from the row's own seed; ``generate`` then takes the best score.
+    """Draws the next token of each row with that row's seed, by inverse transform sampling.
 
-    One uniform number per token, looked up in the cumulative distribution.
+    It leaves the drawn token as the only one with a finite score, which greedy ``generate`` then picks.
     """
 
     def __init__(self, sampling: Sampling, seeds: list[int], prompt_width: int, device: torch.device) -> None:
@@ -177,13 +187,14 @@ class _SeededDraw(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         for warper in self._warpers:
             scores = warper(input_ids, scores)
-        mass = scores.softmax(dim=-1, dtype=torch.double).cumsum(dim=-1)
+        cumulative = scores.softmax(dim=-1, dtype=torch.double).cumsum(dim=-1)
         step = input_ids.shape[1] - self._prompt_width
-        # A token without probability adds no mass, so ``right`` steps over it.
-        chosen = torch.searchsorted(mass, self._uniform[:, step, None] * mass[:, -1:], right=True)
-        return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
+        uniform = self._uniform[:, step, None] * cumulative[:, -1:]
+        # ``right`` skips tokens with probability 0, whose cumulative value equals that of the token before.
+        drawn = torch.searchsorted(cumulative, uniform, right=True)
+        return torch.full_like(scores, -torch.inf).scatter(1, drawn, 0.0)
 
 
 def _until_stop(token_ids: list[int], stop_ids: list[int]) -> Draw:
-    end = next((at for at, token in enumerate(token_ids) if token in stop_ids), None)
+    end = next((position for position, token in enumerate(token_ids) if token in stop_ids), None)
     return Draw(tuple(token_ids[:end]), end is not None)

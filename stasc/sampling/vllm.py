@@ -1,4 +1,7 @@
-"""Sampling with vLLM, which runs in a worker process of our own; vLLM is never imported here."""
+"""Sampling with vLLM.
+
+vLLM runs in a worker process (``vllm_worker.py``) and is never imported into the training process.
+"""
 
 from __future__ import annotations
 
@@ -10,50 +13,57 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from multiprocessing import Pipe
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
 from stasc.errors import UserError
+from stasc.model_folder import ModelFolder
+from stasc.run import NEVER, FirstUse
 from stasc.sampling.base import Draw, Request, Sampler, Sampling, check_requests, check_sequences
-from stasc.sampling.folder import check_same_tensors, model_dtype, read_config, tensor_shapes
 
 _logger = logging.getLogger(__name__)
 
 _GIB = 1 << 30
 
-# What a launcher tells the training process; vLLM would take it for itself.
-_SCRUBBED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_", "ROLE_")
-_SCRUBBED += ("MASTER_", "TORCHELASTIC_", "LD_PRELOAD", "VLLM_CPU_KVCACHE_SPACE")
+# Variables that a launcher sets for the training process, and that vLLM would apply to itself.
+_REMOVED_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_", "ROLE_")
+_REMOVED_VARIABLES += ("MASTER_", "TORCHELASTIC_", "LD_PRELOAD", "VLLM_CPU_KVCACHE_SPACE")
 
 
 class EngineDied(RuntimeError):
-    """The worker process ended without a word."""
+    """The worker process ended without reporting an error."""
 
 
 class EngineFailed(RuntimeError):
-    """The worker process ended with an exception, and this is what it said."""
+    """The worker process ended with an exception; this is its message."""
 
 
 class VLLMSampler(Sampler):
     """Samples with vLLM, in one worker process for each training process.
 
-    A worker that dies (killed, out of memory) is replaced and only the missing requests are sampled again.
-    It ends with the thread that called ``start``, which should be the main one. ``release`` empties a GPU;
-    on CPU the engine stays, with memory for its weights and ``kv_cache_gib``.
+    A worker that dies (killed, out of memory) is replaced, and only the unfinished requests are sampled
+    again. The worker also ends when the thread that called ``start`` ends, so call it from the main thread.
+    ``release`` frees GPU memory; on CPU the engine keeps its weights and key-value cache.
 
     Args:
-        kv_cache_gib: Memory of the key-value cache, beside that of the weights; more of it lets more
+        kv_cache_gib: Size of the key-value cache in GiB, in addition to the weights. A larger cache lets more
             completions run at the same time.
-        log_level: Of what vLLM writes to its log file.
-        batch_invariant: On CUDA devices of compute capability 8.0 or more, make draws independent of their
-            batch in every precision, at some cost in speed. Without it some draws change with the batch.
+        log_level: Level of vLLM's log file.
+        batch_invariant: Make draws independent of the batch in every precision, at some cost in speed; needs
+            a CUDA device of compute capability 8.0 or more. Without it some draws depend on the batch.
     """
+
+    first_uses: ClassVar[Mapping[str, FirstUse]] = {
+        "kv_cache_gib": NEVER,
+        "log_level": NEVER,
+        "batch_invariant": NEVER,
+    }
 
     def __init__(
         self,
@@ -68,58 +78,65 @@ class VLLMSampler(Sampler):
         self.batch_invariant = batch_invariant
         self._engine: _Engine | None = None
 
+    @property
+    def identity(self) -> str:
+        """See ``Sampler``; contains ``batch_invariant`` if that is set."""
+        return f"{super().identity} batch_invariant" if self.batch_invariant else super().identity
+
     def start(self, model: Path, *, device: torch.device, context: int, log: Path) -> None:
-        """See ``Sampler``; the engine starts in the background, and whoever needs it first waits."""
+        """See ``Sampler``; the engine starts in the background, and the first call that needs it waits."""
         if importlib.util.find_spec("vllm") is None:
             raise UserError(
-                "vLLM is not installed: install it with ./setup.sh, or go without it by "
-                "--sampler TransformersSampler."
+                "vLLM is not installed: install it with ./setup.sh, or use "
+                "--sampler TransformersSampler instead."
             )
         if self.batch_invariant:
             _check_batch_invariance(device)
         self.close()
         self._model = model.resolve()
-        self._tensors = tensor_shapes(self._model)
-        self._vocabulary = read_config(self._model).get("vocab_size")
+        folder = ModelFolder(self._model)
+        self._tensors = folder.tensor_shapes()
+        self._vocabulary = folder.config.get("vocab_size")
         self._device, self._context, self._log = device, context, log.resolve()
         self._options = {
-            "dtype": model_dtype(self._model),
+            "dtype": folder.dtype,
             "context": context,
             "kv_cache_bytes": int(self.kv_cache_gib * _GIB),
             "device": device.type,
         }
+        self._dtype = self._options["dtype"]
         self._engine = self._launch()
 
     def load(self, model: Path) -> None:
-        """See ``Sampler``; refuses a folder whose tensors are not those of the one given to ``start``.
+        """See ``Sampler``; refuses a folder whose tensors differ from those of the first folder.
 
-        An engine that is started again, or woken after ``release``, reads the folder again.
+        An engine that is restarted, or used again after ``release``, reads the folder again.
         """
         model = model.resolve()
         if model == self._model:
             return
-        check_same_tensors(self._tensors, model)
+        ModelFolder(model).check_same_tensors(self._tensors)
         self._model = model
-        self._tell("load", str(model))
+        self._command("load", str(model))
 
     def sample(
         self, requests: Sequence[Request], sampling: Sampling, stop_ids: Sequence[int]
     ) -> Iterator[tuple[int, list[Draw]]]:
-        """See ``Sampler``. Leaving the iterator early ends the engine; the next call starts another."""
+        """See ``Sampler``. Closing the iterator early stops the engine; the next call starts a new one."""
         check_requests(requests, sampling, self._context, self._vocabulary)
         self.prefix_hits = None
         return self._sample(dict(enumerate(requests)), sampling, list(stop_ids))
 
     def log_probabilities(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        """See ``Sampler``; the engine computes them afresh, whatever its prefix cache holds."""
+        """See ``Sampler``; these requests do not read the prefix cache."""
         check_sequences(sequences, self._context, self._vocabulary)
-        found = dict(self._ask(lambda: ("log_probabilities", [list(ids) for ids in sequences])))
-        return [found[i] for i in range(len(sequences))]
+        results = dict(self._call(lambda: ("log_probabilities", [list(ids) for ids in sequences])))
+        return [results[i] for i in range(len(sequences))]
 
     def release(self) -> None:
-        """See ``Sampler``; on CPU there is nothing to give back."""
+        """See ``Sampler``; does nothing on CPU."""
         if self._engine is not None and self._device.type != "cpu":
-            self._tell("release")
+            self._command("release")
 
     def close(self) -> None:
         """See ``Sampler``."""
@@ -128,27 +145,31 @@ class VLLMSampler(Sampler):
             self._engine = None
 
     def _sample(
-        self, missing: dict[int, Request], sampling: Sampling, stop_ids: list[int]
+        self, unfinished: dict[int, Request], sampling: Sampling, stop_ids: list[int]
     ) -> Iterator[tuple[int, list[Draw]]]:
-        cached = prompts = 0
-        answers = self._ask(lambda: ("sample", list(missing.items()), asdict(sampling), stop_ids))
-        for i, draws, from_cache in answers:
-            cached += from_cache
-            prompts += len(missing.pop(i).prompt_ids)
-            self.prefix_hits = cached / prompts
+        cached_tokens = prompt_tokens = 0
+        answers = self._call(lambda: ("sample", list(unfinished.items()), asdict(sampling), stop_ids))
+        for i, draws, num_cached_tokens in answers:
+            cached_tokens += num_cached_tokens
+            prompt_tokens += len(unfinished.pop(i).prompt_ids)
+            self.prefix_hits = cached_tokens / prompt_tokens
             yield i, draws
 
-    def _tell(self, *message: object) -> None:
-        deque(self._ask(lambda: message), maxlen=0)
+    def _command(self, *message: object) -> None:
+        deque(self._call(lambda: message), maxlen=0)
 
-    def _ask(self, message: Callable[[], tuple[object, ...]]) -> Iterator[tuple[Any, ...]]:
-        """The worker's answers. If it dies on the way another gets the message, made anew, and goes on."""
+    def _call(self, message: Callable[[], tuple[object, ...]]) -> Iterator[tuple[Any, ...]]:
+        """Send a message to the worker and yield its answers.
+
+        If the worker dies, a new one gets the message, which is built again: of a ``sample`` call it then
+        holds only the unfinished requests.
+        """
         replaced = False
         while True:
             try:
                 if self._engine is None:
                     self._engine = self._launch()
-                for answer in self._engine.ask(*message()):
+                for answer in self._engine.call(*message()):
                     replaced = False
                     yield answer
                 return
@@ -156,19 +177,21 @@ class VLLMSampler(Sampler):
                 self.close()
                 if replaced:
                     raise UserError(
-                        f"The sampling engine died twice in a row ({death}; what it said is in {self._log}): "
-                        f"if memory ran out, lower kv_cache_gib (now {self.kv_cache_gib:g}); "
-                        "the same command goes on where it stopped."
+                        f"The sampling engine died twice in a row ({death}; see {self._log}): if memory ran "
+                        f"out, lower kv_cache_gib (now {self.kv_cache_gib:g}); run the same command again to "
+                        "resume."
                     ) from death
                 replaced = True
-                _logger.warning("The sampling engine died (%s; see %s): starting another.", death, self._log)
+                _logger.warning(
+                    "The sampling engine died (%s; see %s): starting a new one.", death, self._log
+                )
             except EngineFailed as failure:
                 self.close()
                 advice = self._advice(str(failure))
                 raise UserError(
-                    f"The sampling engine failed ({failure}; more in {self._log}).{advice}"
+                    f"The sampling engine failed ({failure}; see {self._log}).{advice}"
                 ) from failure
-            except BaseException:  # also a caller that went away: the answers left in the pipe are nobody's
+            except BaseException:  # GeneratorExit included: unread answers would be left in the pipe
                 self.close()
                 raise
 
@@ -182,34 +205,34 @@ class VLLMSampler(Sampler):
     def _launch(self) -> _Engine:
         environment = _environment(self._device) | {
             "VLLM_LOGGING_LEVEL": self.log_level,
-            # Written down either way, so that the config decides and not the user's shell.
+            # Always set, so that the config overrides the user's environment.
             "VLLM_BATCH_INVARIANT": str(int(self.batch_invariant)),
         }
         return _Engine({"model": str(self._model), **self._options}, environment, self._log)
 
 
 class _Engine:
-    """One life of the worker process."""
+    """One worker process and the pipe to it."""
 
     def __init__(self, options: dict[str, object], environment: dict[str, str], log: Path) -> None:
-        self._pipe, theirs = Pipe()
-        worker = ("-P", "-m", "stasc.sampling.vllm_worker", str(theirs.fileno()), str(os.getpid()))
+        self._pipe, worker_pipe = Pipe()
+        worker = ("-P", "-m", "stasc.sampling.vllm_worker", str(worker_pipe.fileno()), str(os.getpid()))
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
             self._process = subprocess.Popen(
                 [sys.executable, *worker, json.dumps(options)],
                 env=environment,
-                pass_fds=[theirs.fileno()],
+                pass_fds=[worker_pipe.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
             )
-        theirs.close()  # or its death would not be the end of the pipe
+        worker_pipe.close()  # a copy of the worker's end would hide its death: recv() would never see EOF
 
-    def ask(self, *message: object) -> Iterator[tuple[Any, ...]]:
-        """Send one message and yield the answers until the worker is done with it."""
-        with suppress(OSError):  # a dead worker may have left the reason in the pipe
+    def call(self, *message: object) -> Iterator[tuple[Any, ...]]:
+        """Send one message and yield the answers to it."""
+        with suppress(OSError):  # a dead worker may have left its error message in the pipe
             self._pipe.send(message)
         while (answer := self._receive()) is not None:
             yield answer
@@ -225,11 +248,11 @@ class _Engine:
         return answer
 
     def kill(self) -> None:
-        """End the worker and whatever it started.
+        """Kill the worker and all processes that it started.
 
-        It keeps nothing that would be lost, and to end by itself it takes seconds.
+        It has no state to save, and a regular shutdown takes seconds.
         """
-        if self._process.returncode is None:  # not waited for, so the number is still its own
+        if self._process.returncode is None:  # not reaped yet, so its process id cannot have been reused
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
@@ -239,33 +262,35 @@ class _Engine:
 def _check_batch_invariance(device: torch.device) -> None:
     if device.type == "cpu":
         raise UserError(
-            "batch_invariant is for CUDA devices: leave it out. On the CPU draws in float32 do not depend on "
-            "the batch anyway, and for bfloat16 vLLM has no such mode there."
+            "batch_invariant works on CUDA devices only: leave it out. On CPU, float32 draws do not depend "
+            "on the batch anyway, and for bfloat16 vLLM has no such mode."
         )
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         raise UserError(
-            "batch_invariant needs a CUDA device of compute capability 8.0 or more, and this one's is "
+            "batch_invariant needs a CUDA device of compute capability 8.0 or more, and this one has "
             f"{capability[0]}.{capability[1]}: leave it out."
         )
 
 
 def _environment(device: torch.device) -> dict[str, str]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(_SCRUBBED)}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(_REMOVED_VARIABLES)
+    }
     environment |= {
         "PYTHONPATH": os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path),
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # vLLM's own processes outlive ours, and hang when one dies
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # vLLM's processes outlive ours, and hang when one dies
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
     if device.type == "cpu":
-        # Training waits while the engine samples, so it may have as many threads, if they do not spin.
+        # The engine can use all threads of training, which waits meanwhile; PASSIVE keeps them from spinning.
         return environment | {
             "OMP_NUM_THREADS": str(torch.get_num_threads()),
             "OMP_WAIT_POLICY": "PASSIVE",
             "CUDA_VISIBLE_DEVICES": "",
-            # All that would be compiled is a count beside prompt_logprobs, for which each engine would call
-            # a C++ compiler for half a minute. The model runs eagerly either way.
+            # The model runs eagerly anyway. Compilation would only cover a count for prompt_logprobs, and
+            # would run a C++ compiler for half a minute in each engine.
             "TORCH_COMPILE_DISABLE": "1",
         }
     index = torch.cuda.current_device() if device.index is None else device.index

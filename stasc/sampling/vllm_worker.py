@@ -1,7 +1,8 @@
-"""The process that holds a vLLM engine: ``python -P -m stasc.sampling.vllm_worker PIPE PARENT OPTIONS``.
+"""The worker process of ``VLLMSampler``: ``python -P -m stasc.sampling.vllm_worker PIPE PARENT OPTIONS``.
 
-``VLLMSampler`` starts it, kills it, and sends it messages ``(method of Engine, *arguments)``. Each is
-answered by what the method yields and then by None, or, once and for all, by a string: what went wrong.
+``VLLMSampler`` starts and kills it, and sends it messages ``(name of an Engine method, *arguments)``. The
+worker answers with each value that the method yields, and then None. After an error it sends the error
+message, a string, and ends.
 """
 
 from __future__ import annotations
@@ -27,29 +28,29 @@ _PR_SET_PDEATHSIG = 1
 
 
 class WeightSwap:
-    """What vLLM's worker class learns from us; vLLM makes it one of its bases."""
+    """Adds `swap_weights` to vLLM's worker class (``worker_extension_cls``)."""
 
     def swap_weights(self, folder: str) -> None:
-        """Replace the weights by those of the folder, in place."""
+        """Replace the weights in place with those of the folder."""
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
         self.reload_weights(weights_path=folder)
         if self.device.type == "cpu":
-            # A tied lm_head is not in the file, so vLLM keeps the product it packed from the old weights.
+            # A tied lm_head is not in the file, so vLLM would keep its packed copy of the old weights.
             for module in self.model_runner.get_model().modules():
                 if isinstance(module, ParallelLMHead):
                     module.quant_method.process_weights_after_loading(module)
 
 
 class Engine:
-    """A vLLM engine with the weights of one folder at a time.
+    """A vLLM engine whose weights can be replaced.
 
     Args:
-        model: Folder to start with.
-        dtype: Of weights and activations, whatever the folders loaded later say.
-        context: Tokens of the longest prompt and its completion together.
-        kv_cache_bytes: Size of the key-value cache; vLLM would take almost all memory there is.
-        device: Type of the device, "cpu" or "cuda", which vLLM must have been built for.
+        model: Model folder to load first.
+        dtype: Of weights and activations, also for folders that are loaded later.
+        context: Maximum number of tokens of a prompt and its completion together.
+        kv_cache_bytes: Size of the key-value cache. By default vLLM takes almost all free memory.
+        device: Type of the device, "cpu" or "cuda"; the installed vLLM must be built for it.
     """
 
     def __init__(self, model: str, dtype: str, context: int, kv_cache_bytes: int, device: str) -> None:
@@ -59,19 +60,19 @@ class Engine:
 
         if current_platform.device_type != device:
             raise RuntimeError(
-                f"the vLLM that is installed does not run on {device} here; ./setup.sh chooses one"
+                f"the installed vLLM does not run on {device}; install the right build with ./setup.sh"
             )
         if device == "cpu":
-            # A seeded request whose prefill is chunked kills the CPU engine: the longest must fit one batch.
-            special = {
+            # Chunked prefill of a seeded request kills the CPU engine, so every prompt must fit in one batch.
+            device_options = {
                 "enforce_eager": True,
                 "block_size": 32,
                 "enable_chunked_prefill": False,
                 "max_num_batched_tokens": max(context, 4096),
             }
         else:
-            # vLLM refuses to start unless this share of the GPU is free, though it does not take it.
-            special = {"enable_sleep_mode": True, "gpu_memory_utilization": 0.01}
+            # vLLM refuses to start unless this share of the GPU is free, but does not allocate it.
+            device_options = {"enable_sleep_mode": True, "gpu_memory_utilization": 0.01}
         arguments = EngineArgs(
             model=model,
             dtype=dtype,
@@ -82,17 +83,17 @@ class Engine:
             seed=0,
             disable_log_stats=True,
             worker_extension_cls="stasc.sampling.vllm_worker.WeightSwap",
-            **special,
+            **device_options,
         )
-        # vLLM would make its process group over a file in the temporary folder, which stays if we are killed.
+        # vLLM would create its process group through a temporary file, which a killed worker leaves behind.
         dist.init_process_group(current_platform.dist_backend, store=dist.HashStore(), rank=0, world_size=1)
-        # The context in which vLLM's defaults are those for batches rather than for serving.
+        # With LLM_CLASS vLLM chooses its defaults for batches rather than for serving.
         self._engine = LLMEngine.from_engine_args(arguments, usage_context=UsageContext.LLM_CLASS)
         self._model = model
         self._asleep = False
 
     def load(self, model: str) -> Iterator[Never]:
-        """Take the weights of another folder."""
+        """Load the weights of another folder."""
         if model != self._model or self._asleep:
             if self._asleep:
                 self._engine.wake_up(["weights"])
@@ -100,13 +101,13 @@ class Engine:
             if self._asleep:
                 self._engine.wake_up(["kv_cache"])
             if not self._engine.reset_prefix_cache():
-                raise RuntimeError("the prefix cache still holds what the old weights made")
+                raise RuntimeError("the prefix cache of the old weights could not be cleared")
             self._model = model
             self._asleep = False
         yield from ()
 
     def release(self) -> Iterator[Never]:
-        """Give up the memory of weights and cache until the next call of anything else."""
+        """Free the memory of the weights and the cache until the next call of another method."""
         if not self._asleep:
             self._engine.sleep(level=2)
             self._asleep = True
@@ -115,19 +116,19 @@ class Engine:
     def sample(
         self, requests: Sequence[tuple[int, Request]], sampling: dict[str, float], stop_ids: list[int]
     ) -> Iterator[tuple[int, list[Draw], int]]:
-        """Yield ``(i, its draws, prompt tokens from the prefix cache)`` as request ``i`` is finished."""
+        """Yield ``(i, draws, prompt tokens read from the prefix cache)`` as request ``i`` finishes."""
         from vllm import SamplingParams
         from vllm.inputs.engine import tokens_input
         from vllm.sampling_params import RequestOutputKind
 
         yield from self.load(self._model)
         greedy = sampling["temperature"] == 0
-        copies, firsts = {}, {}
+        copies, first_states = {}, {}
         for i, (prompt_ids, n, seed) in requests:
-            copies[str(i)] = n if greedy else 1  # vLLM refuses more than one greedy completion
+            copies[str(i)] = n if greedy else 1  # vLLM refuses n > 1 for greedy requests
             parameters = SamplingParams(
                 n=1 if greedy else n,
-                seed=None if greedy else seed,  # child j draws from seed + j
+                seed=None if greedy else seed,  # vLLM draws completion j with seed + j
                 **sampling,
                 top_k=0,
                 min_p=0.0,
@@ -135,33 +136,33 @@ class Engine:
                 presence_penalty=0.0,
                 frequency_penalty=0.0,
                 stop_token_ids=stop_ids,
-                ignore_eos=True,  # the model's own end tokens stop nothing, unless they are among stop_ids
+                ignore_eos=True,  # only stop_ids end a completion, not the model's default eos token
                 min_tokens=0,
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
             name = self._engine.add_request(str(i), tokens_input(list(prompt_ids)), parameters)
-            # Of n draws all but the first find their own prompt in the cache, and the request's output tells
-            # of whichever was finished last.
+            # Only the first of n draws can miss the cache: the others find its prompt there. The request's
+            # output has the count of the draw that finished last, so read the state of the first draw.
             first = name if parameters.n == 1 else f"0_{name}"
-            firsts[str(i)] = self._engine.output_processor.request_states[first]
+            first_states[str(i)] = self._engine.output_processor.request_states[first]
         for output in self._finished():
             name = output.request_id
             completions = sorted(output.outputs, key=lambda completion: completion.index)
             draws = [_draw(c.token_ids, c.finish_reason == "stop") for c in completions]
-            yield int(name), draws * copies.pop(name), firsts.pop(name).num_cached_tokens
+            yield int(name), draws * copies.pop(name), first_states.pop(name).num_cached_tokens
 
     def log_probabilities(self, sequences: Sequence[list[int]]) -> Iterator[tuple[int, list[float]]]:
-        """Yield ``(i, log-probabilities of sequences[i])`` as they are finished."""
+        """Yield ``(i, log-probabilities of sequences[i])`` as each sequence finishes."""
         from vllm import SamplingParams
         from vllm.inputs.engine import tokens_input
         from vllm.sampling_params import RequestOutputKind
 
         yield from self.load(self._model)
         parameters = SamplingParams(
-            temperature=0.0,  # of the one token that is drawn, for want of fewer; the prompt's have none
+            temperature=0.0,  # applies only to the one sampled token, the minimum; not to the prompt's tokens
             max_tokens=1,
-            prompt_logprobs=0,  # none but the token's own; such a request does not read the prefix cache
+            prompt_logprobs=0,  # the given token only, no top tokens; such requests skip the prefix cache
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
@@ -169,7 +170,7 @@ class Engine:
             self._engine.add_request(str(i), tokens_input(sequence), parameters)
         for output in self._finished():
             tokens = zip(output.prompt_logprobs[1:], output.prompt_token_ids[1:], strict=True)
-            yield int(output.request_id), [of_tokens[token].logprob for of_tokens, token in tokens]
+            yield int(output.request_id), [logprobs[token].logprob for logprobs, token in tokens]
 
     def _finished(self) -> Iterator[RequestOutput]:
         while self._engine.has_unfinished_requests():
@@ -183,10 +184,10 @@ def _draw(token_ids: Sequence[int], finished: bool) -> Draw:
 
 
 def main() -> None:
-    """Serve one parent until its end of the pipe is closed."""
+    """Answer messages until the parent closes the pipe."""
     pipe, parent, options = Connection(int(sys.argv[1])), int(sys.argv[2]), json.loads(sys.argv[3])
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it was gone before we asked to be told
+    if os.getppid() != parent:  # the parent died before prctl
         return
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

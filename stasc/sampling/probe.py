@@ -1,4 +1,4 @@
-"""Whether an engine samples from the weights that the trainer has: both are asked about a few sequences."""
+"""Whether an engine samples from the trainer's weights: both give log-probabilities of a few sequences."""
 
 from __future__ import annotations
 
@@ -10,17 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-import torch
-from transformers import AutoConfig
-
 from stasc.errors import UserError
-from stasc.run import write_lines
-from stasc.sampling import Sampler
+from stasc.model_folder import ModelFolder
+from stasc.run import read_json, write_lines
+from stasc.sampling.base import Sampler
 
 SEQUENCES = 4
-"""Sequences asked about."""
+"""Sequences in a probe."""
 TOKENS = 128
-"""Of each sequence at most."""
+"""Tokens of each at most."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +35,15 @@ class Probe:
     @classmethod
     def read(cls, path: Path) -> Probe:
         """The probe that ``write`` wrote."""
-        return cls(**json.loads(path.read_text()))
+        return cls(**read_json(path))
 
     def check(self, sampler: Sampler, model: Path) -> None:
-        """Ask a sampler that was to load ``model``.
+        """Compare a sampler that was to load ``model`` with the trainer.
 
         Raises:
-            UserError: It disagrees by more than rounding explains, so it holds other weights; or these are of
-                no use.
+            UserError: The trainer's log-probabilities are not finite, or the sampler's differ from them by
+            more
+                than rounding explains, so it holds other weights.
         """
         if not all(map(math.isfinite, itertools.chain(*self.log_probabilities))):
             raise UserError(
@@ -54,9 +53,10 @@ class Probe:
         found = sampler.log_probabilities(self.sequences)
         pairs = [zip(f, e, strict=True) for f, e in zip(found, self.log_probabilities, strict=True)]
         off = fmean(abs(f - e) for pair in pairs for f, e in pair)
-        # Half precision rounds more than a few cautious steps of training change: there a probe finds wrong
-        # weights, but older ones only if training went far. Their names and shapes are checked besides.
-        allowed = 1e-3 if AutoConfig.from_pretrained(model).dtype in (None, torch.float32) else 0.1
+        # Half precision rounds by more than a few small training steps change: there a probe finds the
+        # weights of another model, but those of the iteration before only if training changed much. Names and
+        # shapes of the tensors are checked besides.
+        allowed = 1e-3 if ModelFolder(model).dtype == "float32" else 0.1
         if not off <= allowed:  # nan is not allowed either
             raise UserError(
                 f"the sampling engine does not hold {model}: its log-probabilities are {off:.2g} off the "

@@ -1,11 +1,11 @@
-"""Step 4 of Algorithm 1: fine-tuning on correction tokens alone, as a LightningModule."""
+"""Step 4 of Algorithm 1 as a LightningModule: fine-tuning on the tokens of corrections."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -17,25 +17,29 @@ from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 
 from stasc.errors import UserError
-from stasc.likelihood import NegativeLogLikelihood
-from stasc.lora import LoRA
-from stasc.packing import Batch
-from stasc.pretrained import load_model, locate, shell
-from stasc.reward import SelfCorrection
+from stasc.model_folder import ModelFolder
+from stasc.run import NEVER, START, TRAINING, FirstUse
+from stasc.training.batches import Batch
+from stasc.training.lora import LoRA
+from stasc.training.loss import NegativeLogLikelihood
+from stasc.training.weights import empty_model, load_model
 
-GO_ON = 2**30
-"""Accumulation at which Lightning takes no step yet; a power of two, so that scaling by it is exact."""
+ACCUMULATE_ON = 2**30
+"""``accumulate_grad_batches`` with which Lightning takes no optimiser step after a batch.
+
+A power of two, so that multiplying and dividing by it is exact.
+"""
 
 
 class CosineWithWarmup:
     """Factor of the learning rate: linear warm-up, then half a cosine down to 0.
 
-    The first step is already above 0, so that a D_n of a single batch teaches something. An object rather
-    than a closure, because only an object's state goes into a checkpoint.
+    The factor of the first step is above 0, so that a D_n of a single batch is learnt too. A class and not a
+    closure, because LambdaLR saves only the state of objects in a checkpoint.
 
     Args:
         steps: Optimiser steps in all.
-        warmup_ratio: Share of them that warm up, rounded up.
+        warmup_ratio: Share of the steps that warm up; their number is rounded up.
     """
 
     def __init__(self, steps: int, warmup_ratio: float) -> None:
@@ -50,23 +54,39 @@ class CosineWithWarmup:
 
 
 class CorrectionSFT(LightningModule):
-    """One optimiser step on corrections, the same on one device, under DDP and under FSDP.
+    """Fine-tunes M_0 or M_{n-1} on D_n, with the same result on one device, under DDP and under FSDP.
 
-    The loss is the mean negative log-likelihood over the correction tokens of the whole optimiser step,
-    whatever the number of processes and the accumulation. The optimiser is AdamW, the schedule a cosine
-    with warm-up over one iteration (section 3 and appendix A of the paper).
+    The loss of an optimiser step is the sum over its target tokens of weight times negative log-likelihood,
+    divided by the number of target tokens; with all weights 1 that is the mean. It does not depend on the
+    number of processes or micro-batches. The optimiser is AdamW, the schedule a cosine with warm-up over one
+    iteration (section 3 and appendix A of the paper).
 
     Args:
-        base: M_0, a Hugging Face folder or hub id; ``demo`` is the embedded task's own.
+        base: M_0, a model folder or hub id; ``demo`` is the small model of the built-in demo task.
         learning_rate: Peak of the schedule.
         weight_decay: Of AdamW.
         warmup_ratio: Share of an iteration's steps that warm up.
         lora: Train these adapters instead of all weights.
-        gradient_checkpointing: Keep the activations between layers only, and compute those within again for
-            the gradient: less memory, more time. FSDPStrategy has ``activation_checkpointing_policy`` for it.
-        attention: ``auto`` is what transformers takes for the model: sdpa, where the model has it. ``flex``
-            is FlexAttention, which skips what no token attends to: for CUDA and long batches.
+        gradient_checkpointing: Keep only the activations between layers, and compute those inside a layer
+            again in the backward pass: less memory, more time. For FSDPStrategy set its
+            ``activation_checkpointing_policy`` instead.
+        attention: ``auto`` is what transformers chooses for the model: sdpa, where the model has it. ``flex``
+            is FlexAttention, which skips blocks that no token attends to: for CUDA and long batches.
+
+    Raises:
+        UserError: A value is out of its range.
     """
+
+    first_uses: ClassVar[Mapping[str, FirstUse]] = {
+        "base": START,
+        "learning_rate": TRAINING,
+        "weight_decay": TRAINING,
+        "warmup_ratio": TRAINING,
+        "lora": TRAINING,
+        "gradient_checkpointing": NEVER,  # this one and the next change only how results are rounded
+        "attention": NEVER,
+    }
+    """For each option of ``__init__`` from where on it has a part in the results; START if it is not here."""
 
     def __init__(
         self,
@@ -91,16 +111,16 @@ class CorrectionSFT(LightningModule):
         self.gradient_checkpointing = gradient_checkpointing
         self.attention = attention
         self.iteration_steps = 1
-        """Optimiser steps of the iteration under way; the outer loop sets it once D_n is known."""
+        """Optimiser steps of the current iteration; set by the outer loop when D_n is known."""
         self.epoch_loss = MeanMetric()
         self.step_loss = 0.0
-        """Mean loss of the optimiser step under way, as far as this process has got with its share."""
+        """This process' part of the current optimiser step's loss, over its micro-batches so far."""
 
     def check(self, strategy: Strategy) -> None:
-        """Find what M_0 or a strategy cannot do, before an engine starts or a file is written.
+        """Find options that do not go with M_0 or the strategy, before an engine starts or a file is written.
 
         Raises:
-            UserError: There is no such layer for an adapter, or the strategy does it another way.
+            UserError: M_0 lacks a layer that ``lora`` names, or the strategy does not support an option.
         """
         if isinstance(strategy, FSDPStrategy) and self.gradient_checkpointing:
             raise UserError(
@@ -115,33 +135,38 @@ class CorrectionSFT(LightningModule):
         if self.attention == "flex" and strategy.root_device.type == "cpu":
             raise UserError("model.attention is flex, which cannot train on a CPU: set it to auto.")
         if self.lora:
-            self.lora.add_to(shell(locate(self.base)))
+            self.lora.add_to(empty_model(ModelFolder.locate(self.base).path))
 
-    def setup(self, stage: str) -> None:
-        """Know what counts as right."""
-        if stage in ("validate", "test"):
-            self.self_correction = SelfCorrection(self.trainer.datamodule.algorithm.threshold)
+    def first_use(self, option: str, before: Any, now: Any) -> FirstUse:
+        """From where on it matters that an option of ``__init__`` is ``now`` what it was not ``before``.
+
+        Args:
+            option: Its name; options inside ``lora`` are dotted, as ``lora.r``.
+            before: Its value so far.
+            now: Its new value.
+        """
+        return self.first_uses.get(option, self.first_uses.get(option.partition(".")[0], START))
 
     def configure_model(self) -> None:
-        """Load M_0; only training needs it here, everything else samples through an engine."""
+        """Load M_0 if this is training; all else samples with an engine and needs no model here."""
         if self.trainer.training and not hasattr(self, "model"):
-            self.model = load_model(locate(self.base), self.lora)
+            self.model = load_model(ModelFolder.locate(self.base).path, self.lora)
             if self.gradient_checkpointing:
                 self.model.gradient_checkpointing_enable({"use_reentrant": False})
-            self.likelihood = NegativeLogLikelihood(self.model, self.attention)
+            self.loss = NegativeLogLikelihood(self.model, self.attention)
         strategy = self.trainer.strategy
         if isinstance(strategy, FSDPStrategy) and strategy.mixed_precision is None:
-            # In bf16 the rotary frequencies would be off by up to 0.2 %: far positions end up elsewhere than
-            # in sampling. They are buffers, which Lightning has FSDP round with the parameters.
+            # Lightning has FSDP round buffers like parameters. In bf16 the rotary frequencies, which are
+            # buffers, would be off by up to 0.2 %, and far tokens at other positions than in sampling.
             strategy.mixed_precision = dataclasses.replace(
                 strategy.mixed_precision_config, buffer_dtype=torch.float32
             )
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """A fresh optimiser and schedule; the outer loop asks for them at the start of every iteration."""
+        """A new optimiser and schedule; the outer loop asks for them at the start of every iteration."""
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        # On a CPU what PyTorch takes by itself (None) copies each weight several times. Under MixedPrecision
-        # Lightning does not clip the gradients of a fused optimiser.
+        # On a CPU PyTorch's default (None) copies each weight several times, and fused does not. But under
+        # MixedPrecision Lightning cannot clip the gradients of a fused optimiser.
         strategy = self.trainer.strategy
         mixed = isinstance(strategy.precision_plugin, MixedPrecision)
         fused = True if strategy.root_device.type == "cpu" and not mixed else None
@@ -153,30 +178,36 @@ class CorrectionSFT(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_fit_start(self) -> None:
-        """Find batches that M_0 cannot read before it has sampled; remember the accumulation."""
+        """Find out before any sampling that M_0 does not support the batches; remember the accumulation.
+
+        Raises:
+            UserError: The batches share prefixes, and M_0 does not support that.
+        """
         if self.trainer.datamodule:
-            self.likelihood.check(prefix_sharing=self.trainer.datamodule.prefix_sharing)
+            self.loss.check(prefix_sharing=self.trainer.datamodule.batches.prefix_sharing)
         self.accumulate = self.trainer.accumulate_grad_batches
 
     def on_train_batch_start(self, batch: Batch | None, batch_idx: int) -> int | None:
-        """Have Lightning step the optimiser where a step of the batches ends, as steps may differ in length.
+        """Have Lightning take an optimiser step after the last micro-batch of a step, and only then.
 
-        Skips the epoch of an empty D_n, for which the loader gives the one batch None.
+        Steps may have different numbers of micro-batches, for which Lightning has no option. An empty D_n
+        comes as the single batch None, at which the epoch is skipped.
         """
         if batch is None:
             return -1
-        self.trainer.accumulate_grad_batches = 1 if batch.ends_step else GO_ON
+        self.trainer.accumulate_grad_batches = 1 if batch.ends_step else ACCUMULATE_ON
         return None
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The micro-batch's share of the step's mean loss, scaled so that averaging over processes and
-        micro-batches, as Lightning does, gives that mean.
+        """The micro-batch's part of the step's loss.
+
+        It is scaled up so that Lightning's average over processes and micro-batches gives the step's loss.
         """
-        summed = self.likelihood(batch)
+        summed = self.loss(batch)
         share = summed * (self.trainer.world_size / batch.step_tokens)
         self.step_loss += share.detach()
-        if tokens := int(batch.counts.sum()):
-            self.epoch_loss.update(summed.detach() / tokens, weight=tokens)
+        if batch.tokens:
+            self.epoch_loss.update(summed.detach() / batch.tokens, weight=batch.tokens)
         if batch.ends_step:
             self.log("step/loss", self.step_loss, prog_bar=True, sync_dist=True)
             self.log("step/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
@@ -184,17 +215,20 @@ class CorrectionSFT(LightningModule):
         return share * self.trainer.accumulate_grad_batches
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
-        """Not where Lightning takes a step to begin: with a changing number of batches it does not know."""
+        """Do nothing, as ``optimizer_step`` clears the gradients.
+
+        Lightning calls this where it thinks that a step begins, which is wrong when steps differ in length.
+        """
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: LightningOptimizer, optimizer_closure: Callable[[], Any]
     ) -> None:
-        """Drop the gradients as soon as they are used."""
+        """Take the step, and free the gradients right after it."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         optimizer.zero_grad()
 
     def on_train_epoch_end(self) -> None:
-        """Put back the accumulation that was asked for, by which the next epoch's batches are made."""
+        """Restore the user's accumulation, which the data module reads to make the next epoch's batches."""
         self.trainer.accumulate_grad_batches = self.accumulate
 
     def configure_gradient_clipping(
@@ -203,35 +237,23 @@ class CorrectionSFT(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by the norm over all shards, for which FSDP has a method that Lightning does not call."""
+        """Clip the gradients; under FSDP with its own method, which takes the norm over all shards.
+
+        Lightning does not call that method.
+        """
         if isinstance(self.trainer.strategy, FSDPStrategy) and gradient_clip_val:
             self.trainer.strategy.model.clip_grad_norm_(gradient_clip_val)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
-    def test_step(self, batch: Sequence[tuple[float, ...]], batch_idx: int) -> None:
-        """Mean rewards and transitions, from the rewards (r1, r2, ...) of all turns of sampled answers."""
-        r1, r2, *later = zip(*batch, strict=True)
-        self.self_correction.update(r1, r2)
-        for turn, rewards in enumerate(later, start=3):
-            mean = torch.tensor(rewards, dtype=torch.float32).mean()
-            self.log(f"r{turn}", mean, on_epoch=True, batch_size=len(batch), sync_dist=True)
+    def test_step(self, batch: Mapping[str, float], batch_idx: int) -> None:
+        """Log metrics that the data module has computed over all processes."""
+        self.log_dict(dict(batch), batch_size=1)  # not synchronised: all processes have the same values
 
-    def on_test_epoch_end(self) -> None:
-        """Log them over all processes."""
-        for name, value in self.self_correction.compute().items():
-            # The metric has synchronised it already, so averaging changes nothing but Lightning's warning.
-            self.log(name, value.float(), sync_dist=True)
-        self.self_correction.reset()
-
-    def validation_step(self, batch: Sequence[tuple[float, ...]], batch_idx: int) -> None:
+    def validation_step(self, batch: Mapping[str, float], batch_idx: int) -> None:
         """As ``test_step``."""
         self.test_step(batch, batch_idx)
 
-    def on_validation_epoch_end(self) -> None:
-        """As ``on_test_epoch_end``."""
-        self.on_test_epoch_end()
-
     def predict_step(self, batch: Sequence[str], batch_idx: int) -> Sequence[str]:
-        """The corrections; the data module has sampled them, and written both turns."""
+        """The corrections, which the data module has sampled and written to a file."""
         return batch

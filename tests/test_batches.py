@@ -1,5 +1,6 @@
-"""Prefix trees: the loss and gradient of plain padded rows, for less; and what fits into a micro-batch."""
+"""Batches: prefix trees, their loss and gradient, weights, and what fits into a micro-batch."""
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 
@@ -18,12 +19,12 @@ from transformers import (
     Qwen2Config,
 )
 
-from stasc import likelihood
 from stasc.errors import UserError
-from stasc.likelihood import NegativeLogLikelihood
-from stasc.packing import Batch, CorrectionBatches, Example, pack, pad
-from stasc.prefix_tree import prefix_tree
-from stasc.trajectory import Completion, Question, Trajectory
+from stasc.training import loss
+from stasc.training.batches import Batch, CorrectionBatches, TokenizedExample, pack, pad
+from stasc.training.loss import NegativeLogLikelihood
+from stasc.training.prefix_tree import prefix_tree
+from stasc.trajectory import Answer, Example, Question, Trajectory
 
 VOCABULARY = 50
 SIZES = {
@@ -33,7 +34,7 @@ SIZES = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "initializer_range": 0.2,  # attends to what it should, rather than to everything alike
+    "initializer_range": 0.2,  # so large that attention is far from uniform
     "bos_token_id": None,
     "eos_token_id": None,
     "pad_token_id": None,
@@ -60,32 +61,39 @@ def words(length: int, seed: int) -> list[int]:
 
 
 DEMONSTRATIONS, ANSWER = words(20, 0), words(10, 1)
-EXAMPLES: dict[str, list[Example]] = {
-    "shared": [
-        (DEMONSTRATIONS + ANSWER, words(7, 2)),
-        (DEMONSTRATIONS + words(5, 3), words(9, 4)),
-        (DEMONSTRATIONS + ANSWER, words(12, 5)),
-    ],
-    "nothing shared": [([1, *words(8, 6)], words(3, 7)), ([2, *words(15, 8)], words(5, 9))],
-    "one token": [(DEMONSTRATIONS, [3]), (DEMONSTRATIONS, [4]), ([5], [6])],
-    "twice": [(DEMONSTRATIONS, words(5, 10)), ([7, 8], [9, 9]), (DEMONSTRATIONS, words(5, 10))],
-    "begin alike": [(ANSWER, words(6, 11)), (ANSWER, [*words(6, 11)[:3], 1, 2]), (ANSWER, words(6, 11)[:2])],
-    "a target is another's prompt": [(ANSWER[:4], ANSWER[4:]), (ANSWER, words(4, 12))],
+EXAMPLES: dict[str, list[TokenizedExample]] = {
+    name: [TokenizedExample(prompt, target) for prompt, target in pairs]
+    for name, pairs in {
+        "shared": [
+            (DEMONSTRATIONS + ANSWER, words(7, 2)),
+            (DEMONSTRATIONS + words(5, 3), words(9, 4)),
+            (DEMONSTRATIONS + ANSWER, words(12, 5)),
+        ],
+        "nothing shared": [([1, *words(8, 6)], words(3, 7)), ([2, *words(15, 8)], words(5, 9))],
+        "one token": [(DEMONSTRATIONS, [3]), (DEMONSTRATIONS, [4]), ([5], [6])],
+        "twice": [(DEMONSTRATIONS, words(5, 10)), ([7, 8], [9, 9]), (DEMONSTRATIONS, words(5, 10))],
+        "targets share a prefix": [
+            (ANSWER, words(6, 11)),
+            (ANSWER, [*words(6, 11)[:3], 1, 2]),
+            (ANSWER, words(6, 11)[:2]),
+        ],
+        "a target is another's prompt": [(ANSWER[:4], ANSWER[4:]), (ANSWER, words(4, 12))],
+    }.items()
 }
 
 
-def of_each_alone(model: PreTrainedModel, examples: Sequence[Example]) -> Tensor:
-    """The sum over all targets by the model's own logits, one example after another, without padding."""
+def one_by_one(model: PreTrainedModel, examples: Sequence[TokenizedExample]) -> Tensor:
+    """The weighted sum over all targets by the model's own logits, one example at a time, without padding."""
     losses = []
-    for prompt, target in examples:
+    for prompt, target, weight in examples:
         logits = model(input_ids=torch.tensor([prompt + target])).logits[0, len(prompt) - 1 : -1]
-        losses.append(-logits.log_softmax(-1)[range(len(target)), target].sum())
+        losses.append(-weight * logits.log_softmax(-1)[range(len(target)), target].sum())
     return torch.stack(losses).sum()
 
 
-def gradients(model: PreTrainedModel, loss: Tensor) -> dict[str, Tensor]:
+def gradients(model: PreTrainedModel, summed: Tensor) -> dict[str, Tensor]:
     model.zero_grad()
-    loss.backward()
+    summed.backward()
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     return {name: parameter.grad.clone() for name, parameter in trained}
 
@@ -93,28 +101,28 @@ def gradients(model: PreTrainedModel, loss: Tensor) -> dict[str, Tensor]:
 # ---------------------------------------------------------------- the layout
 
 
-def test_every_shared_beginning_stands_once():
+def test_every_shared_prefix_is_laid_out_once():
     tree = prefix_tree([[1, 2, 3], [1, 2, 4, 5], [6], [1, 2]])
     assert tree.tokens.tolist() == [1, 2, 3, 4, 5, 6]
     assert tree.depths.tolist() == [0, 1, 2, 2, 3, 0]
-    assert tree.ends.tolist() == [5, 5, 3, 5, 5, 6]
+    assert tree.subtree_ends.tolist() == [5, 5, 3, 5, 5, 6]
     assert [path.tolist() for path in tree.paths] == [[0, 1, 2], [0, 1, 3, 4], [5], [0, 1]]
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_token_comes_after_exactly_those_that_lead_to_it(seed):
+def test_the_ancestors_of_a_token_are_exactly_its_prefix(seed):
     draw = random.Random(seed)
     sequences = [draw.choices("ab", k=draw.randint(1, 8)) for _ in range(draw.randint(1, 12))]
     sequences = [[ord(letter) for letter in sequence] for sequence in sequences]
     tree = prefix_tree(sequences)
-    beginnings = {tuple(s[: n + 1]) for s in sequences for n in range(len(s))}
-    assert len(tree.tokens) == len(beginnings)
+    prefixes = {tuple(s[: n + 1]) for s in sequences for n in range(len(s))}
+    assert len(tree.tokens) == len(prefixes)
     for sequence, path in zip(sequences, tree.paths, strict=True):
         assert tree.tokens[path].tolist() == sequence
         assert tree.depths[path].tolist() == list(range(len(sequence)))
-        for depth, place in enumerate(path.tolist()):
-            before = [j for j in range(place + 1) if place < tree.ends[j]]
-            assert before == path[: depth + 1].tolist()
+        for depth, index in enumerate(path.tolist()):
+            ancestors = [j for j in range(index + 1) if index < tree.subtree_ends[j]]
+            assert ancestors == path[: depth + 1].tolist()
 
 
 # ---------------------------------------------------------------- loss and gradient
@@ -123,11 +131,11 @@ def test_a_token_comes_after_exactly_those_that_lead_to_it(seed):
 @pytest.mark.parametrize("chunked", [False, True])
 @pytest.mark.parametrize("examples", EXAMPLES)
 @pytest.mark.parametrize("config", CONFIGS)
-def test_trees_and_rows_give_the_loss_and_gradient_of_each_alone(config, examples, chunked, monkeypatch):
+def test_trees_and_rows_give_the_loss_and_gradient_one_by_one(config, examples, chunked, monkeypatch):
     if chunked:
-        monkeypatch.setattr(likelihood, "LOGITS", 3 * VOCABULARY)
+        monkeypatch.setattr(loss, "MAX_LOGITS", 3 * VOCABULARY)
     of = model(config)
-    alone = of_each_alone(of, EXAMPLES[examples])
+    alone = one_by_one(of, EXAMPLES[examples])
     expected = gradients(of, alone)
     for lay_out in (pack, pad):
         summed = NegativeLogLikelihood(of)(lay_out(EXAMPLES[examples], 1, ends_step=True))
@@ -136,8 +144,45 @@ def test_trees_and_rows_give_the_loss_and_gradient_of_each_alone(config, example
             assert float((gradient - expected[name]).norm() / expected[name].norm()) < 1e-5, name
 
 
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("config", ["qwen2", "llama", "phi3-window", "gemma2", "granite"])
+def test_weights_give_the_gradient_of_one_weighted_example_at_a_time(config, seed, chunked, monkeypatch):
+    if chunked:
+        monkeypatch.setattr(loss, "MAX_LOGITS", 3 * VOCABULARY)
+    draw = random.Random(seed)
+    examples = [e._replace(weight=draw.gauss(0, 1)) for group in EXAMPLES.values() for e in group]
+    for i in draw.sample(range(len(examples)), 3):
+        examples[i] = examples[i]._replace(weight=0.0)
+    assert min(e.weight for e in examples) < 0 < max(e.weight for e in examples)
+    of = model(config)
+    nll = NegativeLogLikelihood(of)
+    assert nll.has_plain_head == (config not in ("gemma2", "granite"))
+    alone = one_by_one(of, examples)
+    expected = gradients(of, alone)
+    for lay_out in (pack, pad):
+        summed = nll(lay_out(examples, 1, ends_step=True))
+        assert summed.item() == pytest.approx(alone.item(), rel=1e-5, abs=1e-4)
+        for name, gradient in gradients(of, summed).items():
+            assert float((gradient - expected[name]).norm() / expected[name].norm()) < 2e-5, name
+
+
+@pytest.mark.parametrize("lay_out", [pack, pad])
+def test_weights_of_a_shared_target_are_summed(lay_out):
+    first, second, third = [1, 2], [1, 3], [2]
+    weighted = [(first, 0.5), (second, -2.0), (first, 0.25), (second, 2.0), (third, 1.0)]
+    examples = [TokenizedExample([7, 8], target, weight) for target, weight in weighted]
+    batch = lay_out(examples, 1, ends_step=True)
+    if lay_out is pack:
+        found = zip(batch.predictors.tolist(), batch.targets.tolist(), batch.weights.tolist(), strict=True)
+        assert list(found) == [(1, 1, 0.75), (1, 2, 1.0), (2, 2, 0.75), (2, 3, 0.0)]
+    assert batch.weights.dtype == torch.float32
+    assert float(batch.weights.sum()) == 2 * 0.75 + 1
+    assert batch.tokens == 9
+
+
 @pytest.mark.parametrize("config", ["phi3-window", "qwen2-mixed"])
-def test_the_windows_of_these_tests_bite(config):
+def test_the_windows_of_these_tests_change_the_loss(config):
     batch = pack(EXAMPLES["shared"], 1, ends_step=True)
     with torch.no_grad():
         narrow = NegativeLogLikelihood(model(config))(batch)
@@ -161,24 +206,24 @@ class LogitRows(TorchDispatchMode):
 
 
 def test_logits_are_computed_once_at_the_targets_alone_and_few_at_once(monkeypatch):
-    monkeypatch.setattr(likelihood, "LOGITS", 4 * VOCABULARY)
+    monkeypatch.setattr(loss, "MAX_LOGITS", 4 * VOCABULARY)
     summed = NegativeLogLikelihood(model("qwen2"))
     with LogitRows() as logits:
         summed(pack(EXAMPLES["shared"], 1, ends_step=True)).backward()
     assert logits.rows == [4] * 7  # of 7 + 9 + 12 targets
 
 
-def test_under_autocast_logits_by_the_chunk_teach_what_those_of_the_model_teach(monkeypatch):
-    monkeypatch.setattr(likelihood, "LOGITS", 4 * VOCABULARY)
+def test_under_autocast_chunked_logits_give_the_gradient_of_the_models_own(monkeypatch):
+    monkeypatch.setattr(loss, "MAX_LOGITS", 4 * VOCABULARY)
     of = model("qwen2")
     batch = pack(EXAMPLES["shared"], 1, ends_step=True)
     by_chunk, by_model = NegativeLogLikelihood(of), NegativeLogLikelihood(of)
-    by_model.plain_head = False
+    by_model.has_plain_head = False
     with torch.autocast("cpu", torch.bfloat16):
         losses = [by_chunk(batch), by_model(batch)]
     assert losses[0].dtype == torch.float32
     assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-5)
-    found, expected = (gradients(of, loss) for loss in losses)
+    found, expected = (gradients(of, summed) for summed in losses)
     for name, gradient in found.items():
         assert gradient.dtype == torch.float32
         assert float((gradient - expected[name]).norm() / expected[name].norm()) < 3e-2, name
@@ -186,29 +231,29 @@ def test_under_autocast_logits_by_the_chunk_teach_what_those_of_the_model_teach(
 
 def test_a_frozen_output_embedding_gets_no_gradient():
     of = model("qwen2", tie_word_embeddings=False)
-    expected = gradients(of, of_each_alone(of, EXAMPLES["shared"]))
+    expected = gradients(of, one_by_one(of, EXAMPLES["shared"]))
     of.get_output_embeddings().requires_grad_(False)
-    loss = NegativeLogLikelihood(of)(pack(EXAMPLES["shared"], 1, ends_step=True))
-    found = gradients(of, loss)
+    summed = NegativeLogLikelihood(of)(pack(EXAMPLES["shared"], 1, ends_step=True))
+    found = gradients(of, summed)
     assert expected.keys() - found.keys() == {"lm_head.weight"}
     for name, gradient in found.items():
         assert float((gradient - expected[name]).norm() / expected[name].norm()) < 1e-5, name
 
 
-def test_no_targets_weigh_nothing_and_reach_all_parameters():
+def test_a_batch_without_targets_has_zero_loss_and_reaches_all_parameters():
     for config in ("qwen2", "granite"):
         of = model(config)
         for lay_out in (pack, pad):
-            loss = NegativeLogLikelihood(of)(lay_out([([1], [])], 1, ends_step=True))
-            assert loss.item() == 0
-            assert all(not gradient.any() for gradient in gradients(of, loss).values())
+            summed = NegativeLogLikelihood(of)(lay_out([TokenizedExample([1], [])], 1, ends_step=True))
+            assert summed.item() == 0
+            assert all(not gradient.any() for gradient in gradients(of, summed).values())
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("examples", EXAMPLES)
 @pytest.mark.parametrize("config", ["llama", "phi3-window", "qwen2-mixed"])
-def test_flex_attention_says_the_same(config, examples):
-    """Forward only, and as it is written rather than compiled: on a CPU there is no more of it."""
+def test_flex_attention_gives_the_same_loss(config, examples):
+    """Forward only and not compiled: on a CPU FlexAttention has no more."""
     of = model(config)
     for lay_out in (pack, pad):
         batch = lay_out(EXAMPLES[examples], 1, ends_step=True)
@@ -218,21 +263,21 @@ def test_flex_attention_says_the_same(config, examples):
         assert float(found) == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_a_model_that_cannot_read_trees_says_so():
+def test_prefix_sharing_is_refused_for_a_model_without_support():
     of = AutoModelForCausalLM.from_config(BloomConfig(vocab_size=50, hidden_size=64, n_layer=2, n_head=4))
     summed = NegativeLogLikelihood(of)
     examples = EXAMPLES["shared"]
     rows = summed(pad(examples, 1, ends_step=True))
-    assert rows.item() == pytest.approx(of_each_alone(of, examples).item(), rel=1e-5)
-    with pytest.raises(UserError, match=r"set data\.prefix_sharing to false"):
+    assert rows.item() == pytest.approx(one_by_one(of, examples).item(), rel=1e-5)
+    with pytest.raises(UserError, match=r"set data\.batches\.prefix_sharing to false"):
         summed(pack(examples, 1, ends_step=True))
 
 
 # ---------------------------------------------------------------- what fits into a micro-batch
 
 
-class LazyTrajectories(Sequence[Trajectory]):
-    """Three corrections of each of two initial answers of each question; counts what is read."""
+class LazyExamples(Sequence[Example]):
+    """Three corrections of each of two initial answers of each question; remembers what is read."""
 
     def __init__(self, questions: int) -> None:
         self.size = 6 * questions
@@ -241,31 +286,39 @@ class LazyTrajectories(Sequence[Trajectory]):
     def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, index: int) -> Trajectory:
+    def __getitem__(self, index: int) -> Example:
         if not 0 <= index < self.size:
             raise IndexError(index)
         self.read.append(index)
         question, j, k = index // 6, index // 3 % 2, index % 3
-        correction = Completion("", tuple(words(5 + index % 7, index)), finished=False)
-        return Trajectory(Question(f"q{question}", ""), j, k, Completion("", (), False), correction, 0, 1)
+        initial = Answer("initial", j, "", (), False, 0.0)
+        correction = Answer("correction", k, "", tuple(words(5 + index % 7, index)), False, 1.0)
+        return Trajectory(Question(f"q{question}", ""), (initial, correction)).learn(
+            weight=WEIGHTS[index % 5]
+        )
 
 
-def example(trajectory: Trajectory) -> Example:
+WEIGHTS = (1.0, -0.5, 0.0, 2.0, 0.25)
+
+
+def render(example: Example) -> tuple[list[int], list[int]]:
     """Prompts of 30 tokens or more, 20 of which all share; that of q3 is huge."""
-    own = words(10, 100 + 2 * int(trajectory.question.id[1:]) + trajectory.j)
-    huge = words(150, 1) if trajectory.question.id == "q3" else []
-    return DEMONSTRATIONS + own + huge, list(trajectory.correction.token_ids)
+    question, j = int(example.trajectory.question.id[1:]), example.trajectory.path[0]
+    huge = words(150, 1) if question == 3 else []
+    return DEMONSTRATIONS + words(10, 100 + 2 * question + j) + huge, list(example.answer.token_ids)
 
 
 def of_ranks(questions: int, ranks: int, **options: object) -> list[CorrectionBatches]:
     return [
-        CorrectionBatches(LazyTrajectories(questions), example, 8, seed=0, rank=rank, ranks=ranks, **options)
+        CorrectionBatches(LazyExamples(questions), render, 8, seed=0, rank=rank, ranks=ranks, **options)
         for rank in range(ranks)
     ]
 
 
-def learnt(batches: Iterator[Batch]) -> int:
-    return sum(int(batch.counts.sum()) for batch in batches)
+def learnt(batches: Iterator[Batch]) -> tuple[int, float]:
+    """Target tokens, and the sum of their weights."""
+    found = [(batch.tokens, float(batch.weights.sum())) for batch in batches]
+    return sum(tokens for tokens, _ in found), sum(weights for _, weights in found)
 
 
 @pytest.mark.parametrize("sharing", [True, False])
@@ -279,16 +332,20 @@ def test_no_micro_batch_is_larger_than_the_budget(ranks, accumulate, sharing):
     rows = list(zip(*every, strict=True))
     assert max(batch.input_ids.numel() for row in rows for batch in row) <= 210
     assert sum(batch.ends_step for (batch, *_) in rows) == 4
-    assert learnt(batch for row in rows for batch in row) == learnt(iter(whole))
+    examples = LazyExamples(5)
+    tokens = [len(render(example)[1]) for example in examples]
+    weights = sum(size * example.weight for size, example in zip(tokens, examples, strict=True))
+    for epoch in ((batch for row in rows for batch in row), iter(whole)):
+        assert learnt(epoch) == (sum(tokens), weights)
     ends = [i for i, (batch, *_) in enumerate(rows) if batch.ends_step]
-    turns = [b - a for a, b in zip([-1, *ends], ends, strict=False)]
-    assert min(turns) >= accumulate
+    sizes = [b - a for a, b in zip([-1, *ends], ends, strict=False)]
+    assert min(sizes) >= accumulate
     if accumulate == 1:
-        assert len(set(turns)) > 1  # some steps need more for q3 than others
+        assert len(set(sizes)) > 1  # steps with q3 need more
 
 
 @pytest.mark.parametrize("sharing", [True, False])
-def test_the_budget_holds_to_the_token(sharing):
+def test_the_budget_is_exact(sharing):
     budgets = range(191, 400)
     of_budgets = [of_ranks(5, 1, prefix_sharing=sharing, token_budget=budget)[0] for budget in budgets]
     largest = [max(batch.input_ids.numel() for batch in batches) for batches in of_budgets]
@@ -296,7 +353,7 @@ def test_the_budget_holds_to_the_token(sharing):
     assert any(size == budget for size, budget in zip(largest, budgets, strict=True))
 
 
-def test_a_step_is_dealt_out_evenly():
+def test_a_step_is_divided_evenly():
     pair = of_ranks(2, 2, prefix_sharing=False)
     for one, other in zip(*pair, strict=True):
         assert abs(len(one.input_ids) - len(other.input_ids)) <= 2
@@ -304,17 +361,26 @@ def test_a_step_is_dealt_out_evenly():
 
 
 def test_an_example_that_cannot_fit_is_named():
-    with pytest.raises(UserError, match=r"data.token_budget is 100, .* question 'q3' has \d+ tokens"):
+    with pytest.raises(
+        UserError, match=r"data\.batches\.token_budget is 100, .* question 'q3' has \d+ tokens"
+    ):
         of_ranks(5, 1, token_budget=100)
 
 
-def test_only_the_step_at_hand_is_read_and_read_once():
+@pytest.mark.parametrize("weight", [math.nan, math.inf])
+def test_a_weight_that_is_not_finite_is_refused(weight):
+    example = LazyExamples(1)[0].trajectory.learn(weight=weight)
+    with pytest.raises(UserError, match=f"question 'q0' has weight {weight}: .* must give finite weights"):
+        CorrectionBatches([example], render, 8, seed=0)
+
+
+def test_only_the_current_step_is_read_and_only_once():
     (batches,) = of_ranks(100, 1, accumulate=2, longest=192, token_budget=192 * 4)
     assert len(batches) == 2 * 75
     assert batches.dataset.read == []
     first = [batches[0], batches[1]]
     assert len(batches.dataset.read) == 8
-    assert sum(int(batch.counts.sum()) for batch in first) == first[0].step_tokens
+    assert sum(batch.tokens for batch in first) == first[0].step_tokens
 
 
 def test_where_lengths_are_not_known_the_batches_are_the_same():
@@ -325,7 +391,7 @@ def test_where_lengths_are_not_known_the_batches_are_the_same():
         assert torch.equal(one.input_ids, other.input_ids)
 
 
-def test_a_length_that_was_said_wrongly_is_found():
+def test_a_wrong_bound_of_the_lengths_is_noticed():
     (batches,) = of_ranks(5, 1, longest=10, token_budget=210)
     with pytest.raises(RuntimeError, match="longer than"):
         list(batches)

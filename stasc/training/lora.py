@@ -1,4 +1,4 @@
-"""LoRA (Hu et al., 2022): small matrices train beside M_0's frozen weights, and M_n is the sum of both."""
+"""LoRA (Hu et al., 2022): low-rank adapters train beside M_0's frozen weights; M_n is both merged."""
 
 from __future__ import annotations
 
@@ -20,14 +20,17 @@ if TYPE_CHECKING:
 class LoRA:
     """A linear layer with weights W computes ``W x + alpha / r * B A x``; A and B train, W does not.
 
-    A starts random and B at zero, so a model with new adapters says what it said without.
+    A starts random and B at zero, so new adapters do not change a model's outputs.
 
     Args:
         r: Rank of B A.
         alpha: Scales B A.
-        dropout: Of what A is given in training, in [0, 1).
+        dropout: Of the input of A in training, in [0, 1).
         target_modules: Linear layers by their names in the model, as ``[q_proj, v_proj]``; or ``all-linear``,
             which is all but the output embedding.
+
+    Raises:
+        UserError: A value is out of its range.
     """
 
     r: int = 16
@@ -46,41 +49,41 @@ class LoRA:
             raise UserError("model.lora.target_modules is empty: name some layers, or set all-linear.")
 
     def add_to(self, model: PreTrainedModel) -> None:
-        """Freeze a model and put new adapters into it, drawn from the seed that torch was last given.
+        """Freeze a model and add new adapters, drawn from the seed that torch was last given.
 
         Raises:
             UserError: ``target_modules`` has a name that no linear layer of the model has.
         """
-        self._tuner(model)
+        self._wrap(model)
 
-    def merge(self, weights: dict[str, Tensor], shell: PreTrainedModel) -> dict[str, Tensor]:
-        """The weights of a plain model that says what the model with adapters says.
+    def merge(self, weights: dict[str, Tensor], empty: PreTrainedModel) -> dict[str, Tensor]:
+        """The weights of a plain model with the same outputs as the model with adapters.
 
         Args:
-            weights: State dict of a model with adapters; it stays as it is.
-            shell: A model of that architecture without weights; it is used up.
+            weights: State dict of a model with adapters; it is not changed.
+            empty: A model of that architecture without weights; it is changed, so use it for nothing else.
 
         Raises:
-            UserError: There is no such sum, as an adapter has grown beyond all numbers.
+            UserError: The sum is not finite, as training diverged.
         """
-        tuner = self._tuner(shell)
-        shell.load_state_dict(weights, assign=True)
-        shell.tie_weights()
+        adapted = self._wrap(empty)
+        empty.load_state_dict(weights, assign=True)
+        empty.tie_weights()
         try:
             with torch.no_grad():
-                return tuner.merge_and_unload(safe_merge=True).state_dict()
+                return adapted.merge_and_unload(safe_merge=True).state_dict()
         except ValueError as error:
             raise UserError(
                 "training diverged: the adapters are not finite. Lower model.learning_rate or set "
                 "trainer.gradient_clip_val, in a new run_dir."
             ) from error
 
-    def _tuner(self, model: PreTrainedModel) -> LoraModel:
+    def _wrap(self, model: PreTrainedModel) -> LoraModel:
         from peft import LoraConfig, LoraModel  # takes a second, which full fine-tuning need not wait
 
         targets = self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules)
         if targets != "all-linear":
-            _check(targets, model)
+            _check_layers(targets, model)
         config = LoraConfig(
             r=self.r, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=targets
         )
@@ -90,12 +93,12 @@ class LoRA:
             return LoraModel(model, config, "default")
 
 
-def _check(targets: list[str], model: PreTrainedModel) -> None:
+def _check_layers(targets: list[str], model: PreTrainedModel) -> None:
     output = model.get_output_embeddings()
     layers = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not output]
     for target in targets:
         if not any(f".{name}".endswith(f".{target}") for name in layers):
-            there = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
+            names = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
             raise UserError(
-                f"model.lora.target_modules names '{target}', and the model's linear layers are: {there}."
+                f"model.lora.target_modules names '{target}', and the model's linear layers are: {names}."
             )

@@ -1,0 +1,345 @@
+"""Algorithm 1 of the paper, on files: what each iteration samples, keeps, starts from and is evaluated by."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stasc import processes
+from stasc.algorithm import Algorithm, Turn
+from stasc.errors import UserError
+from stasc.metrics import dataset_sizes, evaluation_metrics, reward_metrics, why_empty
+from stasc.model_folder import ModelFolder
+from stasc.prompting import Dialogue, check_prompts
+from stasc.reward import Reward
+from stasc.rollout import Rollout
+from stasc.run import Iteration, Run, read_json, write_json, write_lines
+from stasc.sampling import Sampler, Sampling
+from stasc.sampling.journal import Journal
+from stasc.sampling.probe import SEQUENCES, TOKENS, Probe
+from stasc.trajectory import Example, Question, Record, Records, Trajectory, to_json
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """How a model is evaluated on the test questions.
+
+    Args:
+        sampling: How answers and corrections are drawn.
+        samples: Initial answers per question, each with one correction.
+        greedy: Also draw one greedy answer and correction per question.
+        marker: What comes before the final answer in a completion, in any case. The majority vote of several
+            samples compares what follows it, or whole completions where it does not occur.
+    """
+
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
+    samples: int = 1
+    greedy: bool = False
+    marker: str | None = "Final Answer:"
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise UserError(f"data.evaluation.samples is {self.samples}: it must be 1 or more.")
+        if self.sampling.temperature == 0 and self.samples > 1:
+            raise UserError(
+                "data.evaluation.sampling.temperature is 0, so all samples of a question are the same: raise "
+                "it, or set data.evaluation.samples to 1."
+            )
+
+
+@dataclasses.dataclass
+class Experiment:
+    """Algorithm 1 (section 2.2 of the paper): the stages of an iteration, in the order in which they follow.
+
+    A stage is done when its file exists, and what it returns is what the file holds (``stasc/run.py`` has the
+    files). So a stage may be asked for again, and a run that was killed goes on where it stopped. With
+    several processes all methods that sample or read are collective calls.
+
+    Args:
+        algorithm: Makes the choices.
+        sampler: The engine that holds the model which answers.
+        dialogue: Renders the prompts.
+        training_dialogue: Renders the prompts of training examples, which may have other words.
+        reward: r, scores answers.
+        questions: ``train`` (D_0) and ``test``, or ``predict``; only those that will be asked.
+        sampling: How training answers and corrections are drawn.
+        evaluation: How a model is evaluated.
+        base: M_0.
+        run: The run folder.
+        seed: What all draws follow from.
+        reuse: A run, or a folder of runs, whose draws from M_0 are taken where they answer the same request.
+    """
+
+    algorithm: Algorithm
+    sampler: Sampler
+    dialogue: Dialogue
+    training_dialogue: Dialogue
+    reward: Reward
+    questions: Mapping[str, Sequence[Question]]
+    sampling: Sampling
+    evaluation: Evaluation
+    base: ModelFolder
+    run: Run
+    seed: int
+    reuse: Path | None = None
+
+    # ------------------------------------------------------------------ Algorithm 1: for n = 1 to N do
+
+    def initial_answers(self, n: int) -> Sequence[Trajectory]:
+        """Step 1 (lines 2 to 5): N_init initial answers to each question, from M_{n-1} or M_0."""
+        m = self.algorithm.initial_model(n)
+        # They are those of iteration m + 1: what M_0 answers is drawn once and serves all iterations.
+        questions, turns = unanswered(self.questions["train"]), self.algorithm.turns[:1]
+        ask = partial(self._ask, m, questions, turns, self.sampling, f"iteration {m + 1}")
+        return self._stage(self.run.iteration(m + 1).answers(1), ask)
+
+    def trajectories(self, n: int) -> Sequence[Trajectory]:
+        """Step 2 (lines 6 and 7): N_corr corrections of each by M_{n-1}, and any further turns."""
+        trajectories = self.initial_answers(n)
+        for number, turn in enumerate(self.algorithm.turns[1:], start=2):
+            ask = partial(self._ask, n - 1, trajectories, [turn], self.sampling, f"iteration {n}", number)
+            trajectories = self._stage(self.run.iteration(n).answers(number), ask)
+        return trajectories
+
+    def dataset(self, n: int) -> Sequence[Example]:
+        """Step 3 (lines 8 to 12): D_n, what the filter keeps of them."""
+        trajectories = self.trajectories(n)
+        return self._stage(self.run.iteration(n).dataset, lambda: self._select(trajectories))
+
+    def base_model(self, n: int) -> int:
+        """Step 4 (lines 13 to 16): the number of the model that training on D_n makes M_n."""
+        return self.algorithm.base_model(n)
+
+    def evaluate(self, n: int) -> dict[str, Any]:
+        """Test rewards of M_n, which is done when ``metrics.json`` exists; what that file holds."""
+        files = self.run.iteration(n)
+        rounds = self._test(n, f"M_{n} on test", Iteration.test_answers)
+        greedy = self._test_greedily(n, f"M_{n} on test, greedily", lambda files, _: files.test_greedy)
+        if self.missing(files.metrics):
+            if processes.rank() == 0:
+                training = read_json(files.training) if n else {}
+                write_json(files.metrics, {"iteration": n, **self._metrics(rounds, greedy), **training})
+            processes.from_rank_zero("metrics are written")
+        return read_json(files.metrics)
+
+    # ------------------------------------------------------------------ around it
+
+    def start(self, device: torch.device, log: Path) -> None:
+        """Start the engine with M_0; it gets ready while the trainer loads its model.
+
+        Args:
+            device: Where this process trains, and where its engine samples.
+            log: What the engine itself prints.
+        """
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self.rollout = Rollout(self.sampler, self.dialogue, self.reward, self.seed, self.context)
+        self.sampler.start(self.base.path, device=device, context=self.context, log=log)
+
+    def model_folder(self, n: int) -> Path:
+        """Where M_n lies."""
+        return self.run.iteration(n).model if n else self.base.path
+
+    def probe_sequences(self) -> list[list[int]]:
+        """A few token sequences on which the engine and the trainer must agree."""
+        prompts = self.dialogue.ask(
+            self.algorithm.turns[0].prompt, unanswered(self.questions["train"][:SEQUENCES])
+        )
+        return [prompt[-TOKENS:] for prompt in prompts]
+
+    def training_metrics(self, n: int) -> dict[str, dict[str, float]]:
+        """Rewards of the trajectories of iteration n, and the sizes of D_n."""
+        return {
+            "train": reward_metrics(self.trajectories(n), self.algorithm.threshold),
+            "dataset": dataset_sizes(self.dataset(n)),
+        }
+
+    def why_empty(self, n: int) -> str:
+        """What there was to select D_n from, where it is empty."""
+        return why_empty(self.trajectories(n), self.algorithm.threshold)
+
+    def test(self) -> tuple[list[Sequence[Trajectory]], dict[str, dict[str, float]]]:
+        """M_0 on the test questions, without files: trajectories after each correction, and all metrics."""
+        rounds, greedy = self._test(0, "test"), self._test_greedily(0, "test, greedily")
+        return rounds, self._metrics(rounds, greedy)
+
+    def predict(self) -> Sequence[Trajectory]:
+        """Answers and corrections of M_0 to the ``predict`` questions, without files."""
+        turns = self.algorithm.test_turns(1)[:2]
+        return self._ask(0, unanswered(self.questions["predict"]), turns, self.evaluation.sampling, "predict")
+
+    def missing(self, path: Path) -> bool:
+        """Whether a file is still to be made; rank 0 looks, so that all processes agree."""
+        return processes.from_rank_zero(not path.exists())
+
+    # ------------------------------------------------------------------ evaluation
+
+    def _test(
+        self,
+        n: int,
+        name: str,
+        file: Callable[[Iteration, int], Path] | None = None,
+        turns: Sequence[Turn] | None = None,
+        sampling: Sampling | None = None,
+    ) -> list[Sequence[Trajectory]]:
+        """M_n on the test questions: trajectories after the first correction, after the second, and so on.
+
+        Args:
+            n: Number of the model.
+            name: From which the seeds follow.
+            file: The file of an iteration for the trajectories after so many turns, if there is to be one.
+            turns: By default those of the algorithm.
+            sampling: By default that of the evaluation.
+        """
+        first, *later = turns or self.algorithm.test_turns(self.evaluation.samples)
+        sampling = sampling or self.evaluation.sampling
+
+        def stage(number: int, make: Callable[[], Sequence[Trajectory]]) -> Sequence[Trajectory]:
+            return self._stage(file(self.run.iteration(n), number), make) if file else make()
+
+        def first_two_turns() -> Sequence[Trajectory]:
+            m = self.algorithm.test_initial_model(n)
+            if m == n or file is None:
+                questions = unanswered(self.questions["test"])
+                answers = self._ask(n, questions, [first], sampling, name)
+            else:
+                answers = [trajectory.upto(1) for trajectory in Records(file(self.run.iteration(m), 2))]
+            return self._ask(n, answers, later[:1], sampling, name, 2)
+
+        rounds = [stage(2, first_two_turns)]
+        for number, turn in enumerate(later[1:], start=3):
+            rounds.append(stage(number, partial(self._ask, n, rounds[-1], [turn], sampling, name, number)))
+        return rounds
+
+    def _test_greedily(
+        self, n: int, name: str, file: Callable[[Iteration, int], Path] | None = None
+    ) -> Sequence[Trajectory] | None:
+        """The same greedily, with one correction; None if the evaluation has no greedy part."""
+        if not self.evaluation.greedy:
+            return None
+        greedy = dataclasses.replace(self.evaluation.sampling, temperature=0.0)
+        return self._test(n, name, file, self.algorithm.test_turns(1)[:2], greedy)[0]
+
+    def _metrics(
+        self, rounds: Sequence[Sequence[Trajectory]], greedy: Sequence[Trajectory] | None
+    ) -> dict[str, dict[str, float]]:
+        return evaluation_metrics(rounds, greedy, self.algorithm.threshold, self.evaluation.marker)
+
+    # ------------------------------------------------------------------ models and files
+
+    def _ask(
+        self,
+        n: int,
+        trajectories: Iterable[Trajectory],
+        turns: Sequence[Turn],
+        sampling: Sampling,
+        stage: str,
+        first: int = 1,
+    ) -> Sequence[Trajectory]:
+        """Have M_n take some turns, the number of the first of which is ``first``."""
+        self.load(n)
+        trajectories = list(trajectories)
+        for number, turn in enumerate(turns, start=first):
+            # A draw's seed follows from the name of its stage, so a third turn needs one that differs.
+            name = stage if number <= 2 else f"{stage}, round {number - 1}"
+            journal = partial(self._journal, n, sampling) if stage not in ("test", "predict") else None
+            trajectories = self.rollout.ask(trajectories, turn, sampling, name, journal)
+        return trajectories
+
+    def load(self, n: int) -> None:
+        """Have the sampler take M_n, and make sure that it did."""
+        folder = self.model_folder(n)
+        if folder != self._loaded:
+            self.sampler.load(folder)
+            if n > 0:
+                Probe.read(self.run.iteration(n).probe).check(self.sampler, folder)
+            self._loaded = folder
+
+    def _journal(self, n: int, sampling: Sampling, stage: str) -> Journal:
+        """The journal of a stage in which M_n answers; that of M_0 stays, for other runs."""
+        model = ModelFolder(self.model_folder(n)).identity()
+        follows_from = (model, self.sampler.identity, vars(sampling), self.dialogue.stop_ids)
+        folder = self.run.draws / ("M_0" if n == 0 else "under-way")
+        others = self.reuse.glob("**/draws/M_0") if self.reuse and n == 0 else ()
+        return Journal(folder, stage, processes.rank(), json.dumps(follows_from), others)
+
+    def _select(self, trajectories: Iterable[Trajectory]) -> Iterator[Example]:
+        """What the algorithm selects, if it is what the algorithm says that it learns."""
+        name = type(self.algorithm).__name__
+        for example in self.algorithm.select(trajectories):
+            if not isinstance(example, Example):
+                kind = type(example).__name__
+                raise UserError(
+                    f"{name}.select gave a {kind}: it must give examples, as t.learn() makes them."
+                )
+            if example.prompt not in self.algorithm.learns:
+                raise UserError(
+                    f"{name}.select gave an example for the prompt '{example.prompt}': "
+                    f"add it to {name}.learns."
+                )
+            yield example
+
+    def _stage(self, path: Path, make: Callable[[], Iterable[Record]]) -> Records[Record]:
+        """The records in the file of a stage, which are made and written if it does not exist."""
+        if self.missing(path):
+            records = make()
+            if processes.rank() == 0:
+                write_lines(path, map(to_json, records))
+                shutil.rmtree(self.run.draws / "under-way", ignore_errors=True)
+            processes.from_rank_zero(f"{path.name} is written")
+        return Records(path)
+
+    # ------------------------------------------------------------------ checks before an engine starts
+
+    def __post_init__(self) -> None:
+        if self.reuse is not None and not self.reuse.is_dir():
+            raise UserError(f"reuse is {self.reuse}, which is not a folder: name a run, or a folder of runs.")
+        if self.sampling.temperature == 0 and any(turn.samples > 1 for turn in self.algorithm.turns):
+            raise UserError(
+                "data.sampling.temperature is 0, so all draws of a prompt are the same: "
+                "raise it, or set algorithm.n_init and algorithm.n_corr to 1."
+            )
+        learns = self.algorithm.learns if self.algorithm.iterations else set()
+        asks = {turn.prompt for turn in (*self.algorithm.turns, *self.algorithm.test_turns(1))}
+        check_prompts(self.dialogue.prompts, asks | learns, "data.prompts")
+        check_prompts(self.training_dialogue.prompts, learns, "data.training_prompts")
+        self._loaded: Path | None = None
+        self.context = max(map(self._longest, self.questions))
+        """Tokens that the longest prompt and its answer can take together."""
+
+    def _longest(self, name: str) -> int:
+        """Tokens that the longest prompt of a question set and its answer can take.
+
+        Raises:
+            UserError: They are more than the model takes.
+        """
+        if name == "train":
+            turns, max_tokens = self.algorithm.turns, self.sampling.max_tokens
+        else:
+            turns, max_tokens = self.algorithm.test_turns(1), self.evaluation.sampling.max_tokens
+        questions, longest, room = self.questions[name], 0, self.base.context
+        for number, turn in enumerate(turns, start=1):
+            lengths, answers = self.dialogue.lengths(turn.prompt, number, questions)
+            for question, length in zip(questions, lengths, strict=True):
+                needed = length + (answers + 1) * max_tokens
+                if needed > room:
+                    raise UserError(
+                        f"data.{name}, question '{question.id}': its {turn.prompt} prompt and the answers "
+                        f"can need {needed} tokens, and the model takes {room}; shorten the question or the "
+                        "prompts, or lower max_tokens."
+                    )
+                # Broken UTF-8 that a model writes is decoded to a replacement character of three bytes, so
+                # an answer that is tokenised again in a prompt can be that much longer than it was sampled.
+                longest = max(longest, needed + 2 * answers * max_tokens)
+        return min(longest, room)
+
+
+def unanswered(questions: Sequence[Question]) -> list[Trajectory]:
+    """Trajectories that have only their questions yet."""
+    return [Trajectory(question) for question in questions]

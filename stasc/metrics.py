@@ -1,0 +1,149 @@
+"""The metrics of an evaluation and of a training set, from trajectories."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from difflib import SequenceMatcher
+from itertools import groupby, islice
+from statistics import fmean
+
+from stasc.filtering import improves
+from stasc.reward import SelfCorrection, after_marker, normalize
+from stasc.statistics import paired_test, standard_error
+from stasc.trajectory import Answer, Example, Trajectory
+
+
+def evaluation_metrics(
+    rounds: Sequence[Iterable[Trajectory]],
+    greedy: Iterable[Trajectory] | None,
+    threshold: float,
+    marker: str | None,
+) -> dict[str, dict[str, float]]:
+    """All metrics of an evaluation.
+
+    Args:
+        rounds: The trajectories after the first correction, after the second, and so on.
+        greedy: Those that were drawn greedily, if any were.
+        threshold: t, the reward from which on an answer is right.
+        marker: What comes before the final answer in a completion, for the majority vote.
+
+    Returns:
+        ``test``: mean rewards, their standard errors, the transitions of the first round, and what
+        ``correction_metrics`` says of it. ``samples``: pass@k and majority vote, if there are several samples
+        of a question. ``rounds``: the mean reward of every turn, if there is more than one correction.
+        ``greedy``: as ``test``, without standard errors.
+    """
+    trajectories, *later = map(list, rounds)
+    test = reward_metrics(trajectories, threshold)
+    metrics = {"test": test | standard_errors(trajectories) | correction_metrics(trajectories)}
+    if any(trajectory.answers[0].number for trajectory in trajectories):
+        metrics["samples"] = sample_metrics(trajectories, threshold, marker)
+    if later:
+        means = (fmean(t.reward(turn) for t in after) for turn, after in enumerate(later, start=3))
+        rewards = [test["r1"], test["r2"], *means]
+        metrics["rounds"] = {f"r{turn}": reward for turn, reward in enumerate(rewards, start=1)}
+    if greedy is not None:
+        metrics["greedy"] = reward_metrics(greedy, threshold)
+    return metrics
+
+
+def reward_metrics(trajectories: Iterable[Trajectory], threshold: float) -> dict[str, float]:
+    """Mean rewards r1 and r2, the four transitions between them, and the number of trajectories."""
+    # Every process has all of them: there is nothing to synchronise.
+    metric = SelfCorrection(threshold, sync_on_compute=False)
+    pairs = ((t.reward(1), t.reward(2)) for t in trajectories)
+    while chunk := list(islice(pairs, 4096)):  # of a file that may be long
+        metric.update(*zip(*chunk, strict=True))
+    return {name: value.item() for name, value in metric.compute().items()}
+
+
+def dataset_sizes(dataset: Iterable[Example]) -> dict[str, int]:
+    """|D_n|, and how many of its examples are of improving trajectories and of others."""
+    counts = Counter(improves(example.trajectory) for example in dataset)
+    return {"size": counts.total(), "improving": counts[True], "non_decreasing": counts[False]}
+
+
+def standard_errors(trajectories: Iterable[Trajectory]) -> dict[str, float]:
+    """Standard errors of the mean rewards r1 and r2, over questions: samples of one are not independent.
+
+    Empty for a single question.
+    """
+    groups = _by_question(trajectories)
+    r1, r2 = ([fmean(t.reward(turn) for t in group) for group in groups] for turn in (1, 2))
+    return {"r1_se": standard_error(r1), "r2_se": standard_error(r2)} if len(groups) > 1 else {}
+
+
+def correction_metrics(trajectories: Iterable[Trajectory]) -> dict[str, float]:
+    """Whether corrections are better than the answers that they correct, and how much they change them.
+
+    Returns:
+        ``delta``: r(Y2) - r(Y1), the accuracy gained by a second look (SCoRe's delta(t1, t2), Kumar et al.,
+        2024). ``delta_se`` and ``delta_p``: its standard error, and the two-sided p of a paired sign-flip
+        test, both over questions. ``repeated``: the share of corrections with the same words as the answer
+        before. ``edited``: how far the others are from it, from 0 to 1: the share of the words of both that
+        the longest common blocks leave out. What cannot be computed is left out: the error for a single
+        question, the last two without corrections or without changes.
+    """
+    groups = _by_question(trajectories)
+    differences = [fmean(t.reward(2) - t.reward(1) for t in group) for group in groups]
+    metrics = {"delta": fmean(differences), "delta_p": paired_test(differences).p}
+    if len(groups) > 1:
+        metrics["delta_se"] = standard_error(differences)
+    pairs = [[t.after(turn).text.split() for turn in (1, 2)] for group in groups for t in group if t.turn > 1]
+    changes = [1 - SequenceMatcher(None, a, b, autojunk=False).ratio() for a, b in pairs if a != b]
+    if pairs:
+        metrics["repeated"] = 1 - len(changes) / len(pairs)
+    if changes:
+        metrics["edited"] = fmean(changes)
+    return metrics
+
+
+def why_empty(trajectories: Iterable[Trajectory], threshold: float) -> str:
+    """What there was to select from, where nothing was selected: a clause with counts."""
+    initial, corrections, changed, improving = {}, 0, 0, 0
+    for trajectory in trajectories:
+        initial[trajectory.question.id, trajectory.path[:1]] = trajectory.reward(1) >= threshold
+        if trajectory.turn > 1:
+            corrections += 1
+            texts = (trajectory.after(turn).text.split() for turn in (1, 2))
+            changed += len(set(map(tuple, texts))) > 1
+            improving += trajectory.reward(2) > trajectory.reward(1)
+    return (
+        f"{sum(initial.values())} of {len(initial)} initial answers were right, {changed} of {corrections} "
+        f"corrections changed their answer, {improving} improved it"
+    )
+
+
+def sample_metrics(
+    trajectories: Iterable[Trajectory], threshold: float, marker: str | None
+) -> dict[str, float]:
+    """What the k samples of a question achieve together, as means over questions, for both turns.
+
+    ``pass_r1`` and ``pass_r2``: whether at least one of the k is right (pass@k). ``majority_r1`` and
+    ``majority_r2``: the reward of the answer that most samples give.
+    """
+    questions = _by_question(trajectories)
+    metrics: dict[str, float] = {"k": len(questions[0])}
+    for turn in (1, 2):
+        samples = [[t.after(turn) for t in group] for group in questions]
+        passed = (any(answer.reward >= threshold for answer in answers) for answers in samples)
+        metrics[f"pass_r{turn}"] = fmean(passed)
+        metrics[f"majority_r{turn}"] = fmean(_majority(answers, marker) for answers in samples)
+    return metrics
+
+
+def _by_question(trajectories: Iterable[Trajectory]) -> list[list[Trajectory]]:
+    return [list(group) for _, group in groupby(trajectories, key=lambda t: t.question.id)]
+
+
+def _majority(answers: Sequence[Answer], marker: str | None) -> float:
+    """The reward of the most frequent final answer; of the first drawn among equals."""
+    finals = [tuple(normalize(_final_answer(answer.text, marker))) for answer in answers]
+    winner, _ = Counter(finals).most_common(1)[0]
+    return answers[finals.index(winner)].reward
+
+
+def _final_answer(text: str, marker: str | None) -> str:
+    """What follows the marker, or the whole text where it does not occur."""
+    return (after_marker(text, marker) if marker else "") or text

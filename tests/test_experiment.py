@@ -1,0 +1,159 @@
+"""The stages of Algorithm 1 without Lightning: what each is made of, and what is found before they begin."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_model
+
+from stasc.algorithm import SelfRefine, STaR, STaSC
+from stasc.errors import UserError
+from stasc.experiment import Evaluation, Experiment
+from stasc.model_folder import ModelFolder
+from stasc.prompting import Dialogue, Message
+from stasc.reward import Reward
+from stasc.run import Run
+from stasc.sampling import Sampling, TransformersSampler
+from stasc.trajectory import Question
+
+PROMPTS = {
+    "initial": [Message("user", "{question}")],
+    "correction": [Message("user", "{question}|{initial_answer}")],
+    "rationalization": [Message("user", "{question}|{reference}")],
+}
+QUESTIONS = {
+    name: [Question(f"{name}-{i}", f"{name} {i}?", ("a",)) for i in range(5)] for name in ("train", "test")
+}
+SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_tokens=6)
+
+
+class Parity(Reward):
+    """Of the characters' codes, so that a random model is right half of the time."""
+
+    def score(self, prediction, references) -> float:
+        return float(sum(map(ord, prediction)) % 2)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> ModelFolder:
+    return ModelFolder.locate(str(tiny_model(tmp_path_factory.mktemp("model") / "m", context=256)))
+
+
+@pytest.fixture
+def make(model, tmp_path):
+    """Makes an experiment; what is given replaces the defaults."""
+
+    def experiment(algorithm, prompts=PROMPTS, started: bool = True, **others) -> Experiment:
+        dialogue = Dialogue(model.tokenizer(), prompts)
+        parts = {
+            "algorithm": algorithm,
+            "sampler": TransformersSampler(),
+            "dialogue": dialogue,
+            "training_dialogue": dialogue,
+            "reward": Parity(),
+            "questions": QUESTIONS,
+            "sampling": SAMPLING,
+            "evaluation": Evaluation(SAMPLING),
+            "base": model,
+            "run": Run(tmp_path / "run"),
+            "seed": 1,
+        }
+        made = Experiment(**(parts | others))
+        if started:
+            made.start(torch.device("cpu"), tmp_path / "log")
+        return made
+
+    return experiment
+
+
+def test_an_iteration_is_steps_1_to_3_and_is_made_once(make):
+    experiment = make(STaSC("ENE", n_init=2, n_corr=2))
+    dataset = experiment.dataset(1)
+    trajectories = list(experiment.trajectories(1))
+    assert [t.path for t in trajectories] == [(j, k) for _ in range(5) for j in range(2) for k in range(2)]
+    right = [t for t in trajectories if t.reward(2) == 1]
+    assert [example.trajectory for example in dataset] == right
+    assert 0 < len(right) < len(trajectories)
+    files = experiment.run.iteration(1)
+    assert {path.name for path in files.folder.iterdir()} == {
+        *("initial.jsonl", "trajectories.jsonl", "dataset.jsonl")
+    }
+    experiment.sampler.sample = None  # what is done is read
+    assert list(experiment.dataset(1)) == list(dataset)
+
+
+@pytest.mark.parametrize(("variant", "base"), [("EIE", 3), ("EIF", 0), ("FIE", 3)])
+def test_step_4_starts_from_the_model_of_the_policy(make, variant, base):
+    assert make(STaSC(variant), started=False).base_model(4) == base
+
+
+def test_fixed_initialisation_reads_the_answers_of_m0_in_every_iteration(make):
+    experiment = make(STaSC("FIF"))
+    first = list(experiment.initial_answers(1))
+    experiment.sampler.sample = None
+    assert list(experiment.initial_answers(7)) == first
+
+
+def test_evaluation_writes_its_metrics_and_every_round(make):
+    experiment = make(SelfRefine(rounds=3), evaluation=Evaluation(SAMPLING, samples=2, greedy=True))
+    metrics = experiment.evaluate(0)
+    names = ("test.jsonl", "test-turn-3.jsonl", "test-turn-4.jsonl", "test-greedy.jsonl", "metrics.json")
+    assert {path.name for path in experiment.run.iteration(0).folder.iterdir()} == set(names)
+    assert set(metrics) == {"iteration", "test", "samples", "rounds", "greedy"}
+    rounds, again = experiment.test()
+    assert [len(trajectories) for trajectories in rounds] == [10, 10, 10]
+    assert set(again) == set(metrics) - {"iteration"}
+
+
+def test_draws_of_m0_stay_for_other_runs_and_those_of_others_do_not(make, tmp_path):
+    experiment = make(STaSC(n_init=2))
+    experiment.dataset(1)
+    draws = experiment.run.draws
+    assert sorted(path.name for path in (draws / "M_0").iterdir()) == [
+        "iteration-1-corrections.0.jsonl",
+        "iteration-1-initial-answers.0.jsonl",
+    ]
+    assert not (draws / "under-way").exists()
+    other = make(STaR(n_init=2), run=Run(tmp_path / "other"), reuse=tmp_path)
+    other.sampler.sample = lambda requests, *_: iter(()) if not requests else pytest.fail("asked again")
+    assert list(other.initial_answers(1)) == list(experiment.initial_answers(1))
+    changed = make(STaSC(n_init=2), run=Run(tmp_path / "changed"), reuse=tmp_path, seed=2)
+    assert list(changed.initial_answers(1)) != list(experiment.initial_answers(1))
+    warmer = dataclasses.replace(SAMPLING, temperature=1.5)
+    asked = make(STaSC(n_init=2), run=Run(tmp_path / "warmer"), reuse=tmp_path, sampling=warmer)
+    assert list(asked.initial_answers(1)) != list(experiment.initial_answers(1))
+
+
+# ---------------------------------------------------------------- found before an engine starts
+
+
+def test_a_hint_that_is_too_long_is_found_and_named_before_anything_is_sampled(make):
+    long = Question("q9", "short?", ("x" * 300,))
+    questions = {**QUESTIONS, "train": [*QUESTIONS["train"], long]}
+    with pytest.raises(UserError, match=r"data\.train, question 'q9': its rationalization prompt and the"):
+        make(STaR(n_corr=1), questions=questions, started=False)
+    make(STaR(n_corr=0), questions=questions, started=False)
+
+
+def test_prompts_that_the_algorithm_asks_or_learns_must_be_there(make, model):
+    without = {name: PROMPTS[name] for name in ("initial", "correction")}
+    with pytest.raises(UserError, match=r"data\.prompts has no rationalization"):
+        make(STaR(n_corr=1), without, started=False)
+    training = Dialogue(model.tokenizer(), {"initial": PROMPTS["initial"]})
+    with pytest.raises(UserError, match=r"data\.training_prompts has no correction"):
+        make(STaSC(), training_dialogue=training, started=False)
+    make(STaR(n_corr=1), training_dialogue=training, started=False)
+
+
+def test_draws_that_would_all_be_the_same_are_refused(make):
+    greedy = dataclasses.replace(SAMPLING, temperature=0.0)
+    with pytest.raises(UserError, match=r"data\.sampling\.temperature is 0"):
+        make(STaSC(n_corr=2), sampling=greedy, started=False)
+    with pytest.raises(UserError, match=r"data\.evaluation\.sampling\.temperature is 0"):
+        Evaluation(greedy, samples=2)
+
+
+def test_a_place_to_reuse_that_does_not_exist_is_named(make):
+    with pytest.raises(UserError, match="nowhere, which is not a folder"):
+        make(STaSC(), reuse=Path("nowhere"), started=False)
