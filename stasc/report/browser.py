@@ -6,18 +6,19 @@ import hashlib
 import heapq
 import re
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from stasc.report.runs import TRANSITIONS, RunResult, trajectories
+from stasc.report.runs import RunResult, trajectories
+from stasc.report.systems import System
 from stasc.run import Run
-from stasc.trajectory import Trajectory
+from stasc.trajectory import TRANSITIONS, Trajectory
 
 
 class Stratum(NamedTuple):
-    """What trajectories are sampled from: one of ``TRANSITIONS`` of one split of one iteration of one run."""
+    """What is sampled from: one transition in one split of one iteration of one run."""
 
     run: int
     iteration: int
@@ -25,33 +26,35 @@ class Stratum(NamedTuple):
     transition: int
 
 
-def embed(runs: Sequence[RunResult], names: Sequence[str], at_most: int) -> dict[str, Any]:
+def embed(systems: Sequence[System], at_most: int) -> dict[str, Any]:
     """What the page needs, as JSON: ``at_most`` trajectories of each stratum, and how many there are.
 
-    Which ones is drawn by question and number of the draw alone, so that a question that is shown for one
+    They are drawn by question and numbers of the draws alone, so that a question that is shown for one
     iteration tends to be shown for the others too. A text is a list of pieces, of which every second one is
     a reference.
     """
     questions: dict[Any, int] = {}
     strata, shown = [], []
-    for index, run in enumerate(runs):
-        marker = run.options.get("data.reward.init_args.marker")
+    runs = {f"{system.name}, seed {run.record.seed}": run for system in systems for run in system.runs}
+    for index, run in enumerate(runs.values()):
+        marker = run.record.options.get("data.reward.init_args.marker")
         for stratum, (count, kept) in _sample(index, run, at_most).items():
-            for t in kept:
-                references = t.question.references
-                shown.append(
+            for trajectory in kept:
+                question = trajectory.question
+                answers = [
                     [
-                        len(strata),
-                        questions.setdefault(t.question, len(questions)),
-                        *(t.j, t.k, t.r1, t.r2),
-                        pieces(t.initial.text, references, marker),
-                        pieces(t.correction.text, references, marker),
-                        *(t.initial.finished, t.correction.finished),
+                        answer.number,
+                        answer.reward,
+                        answer.reward >= run.record.threshold,
+                        answer.finished,
+                        pieces(answer.text, question.references, marker),
                     ]
-                )
+                    for answer in trajectory.answers
+                ]
+                shown.append([len(strata), questions.setdefault(question, len(questions)), answers])
             strata.append([*stratum, count])
     return {
-        "runs": list(names),
+        "runs": list(runs),
         "transitions": TRANSITIONS,
         "questions": [[question.id, question.text, question.references] for question in questions],
         "strata": strata,
@@ -59,91 +62,99 @@ def embed(runs: Sequence[RunResult], names: Sequence[str], at_most: int) -> dict
     }
 
 
+def sampled(trajectories: dict[str, Any], at_most: int) -> str:
+    """How many trajectories are on the page, of how many, and which."""
+    shown = len(trajectories["trajectories"])
+    total = sum(count for *_, count in trajectories["strata"])
+    if shown == total:
+        return f"All {total:,} trajectories of these runs are on this page."
+    return (
+        f"{shown:,} of the {total:,} trajectories of these runs are on this page: at most {at_most} for "
+        "each run, iteration, split and transition, drawn with a fixed seed by question, so that a "
+        "question can be followed over iterations."
+    )
+
+
 def _sample(index: int, run: RunResult, at_most: int) -> dict[Stratum, tuple[int, list[Trajectory]]]:
-    counts: dict[Stratum, int] = defaultdict(int)
+    """For each stratum of a run, its size and the trajectories that are shown of it."""
+    counts: Counter[Stratum] = Counter()
     kept: dict[Stratum, list[tuple[bytes, int, Trajectory]]] = defaultdict(list)
     for n in range(run.last + 1):
-        for split, path in _files(run, n):
-            for number, t in enumerate(trajectories(path)):
-                before, after = ("right" if r >= run.threshold else "wrong" for r in (t.r1, t.r2))
+        for split, turn, path in _files(run, n):
+            for number, trajectory in enumerate(trajectories(path)):
+                rewards = trajectory.reward(turn - 1), trajectory.reward(turn)
+                before, after = ("right" if r >= run.record.threshold else "wrong" for r in rewards)
                 stratum = Stratum(index, n, split, TRANSITIONS.index(f"{before}_to_{after}"))
                 counts[stratum] += 1
-                drawn = hashlib.sha256(f"{t.question.id} {t.j} {t.k}".encode(errors="replace")).digest()
-                own = kept[stratum]
-                own.append((drawn, number, t))
-                if len(own) > 2 * at_most:  # the rest need not be held in memory
-                    kept[stratum] = heapq.nsmallest(at_most, own)
+                draw = " ".join(map(str, (trajectory.question.id, *trajectory.path)))
+                order = hashlib.sha256(draw.encode(errors="replace")).digest()
+                kept[stratum].append((order, number, trajectory))
+                if len(kept[stratum]) > 2 * at_most:  # the rest need not be held in memory
+                    kept[stratum] = heapq.nsmallest(at_most, kept[stratum])
     return {
-        stratum: (counts[stratum], [t for *_, t in heapq.nsmallest(at_most, kept[stratum])])
+        stratum: (counts[stratum], [chosen for *_, chosen in heapq.nsmallest(at_most, kept[stratum])])
         for stratum in sorted(counts)
     }
 
 
-def _files(run: RunResult, n: int) -> Iterator[tuple[str, Path]]:
-    box = Run(run.folder).iteration(n)
-    yield "test", box.test
-    for path in sorted(box.folder.glob("test-*.jsonl")):
-        yield path.stem.replace("-", ", ", 1).replace("-", " "), path
+def _files(run: RunResult, n: int) -> Iterator[tuple[str, int, Path]]:
+    """The answers of iteration ``n``: name of the split, the turn they end with, and the file."""
+    iteration = Run(run.folder).iteration(n)
+    yield "test", 2, iteration.test_answers(2)
+    for path in sorted(iteration.folder.glob("test-*.jsonl")):
+        turn = re.fullmatch(r"test-turn-(\d+)", path.stem)
+        yield path.stem.replace("-", ", ", 1).replace("-", " "), int(turn[1]) if turn else 2, path
     if n > 0:
-        yield "train", box.trajectories
+        first, second = iteration.answers(1), iteration.answers(2)
+        # A system with a single turn in training has initial answers alone.
+        yield "train", 2, first if first.is_file() and not second.is_file() else second
+        for path in sorted(iteration.folder.glob("turn-*.jsonl")):
+            turn = path.stem.removeprefix("turn-")
+            yield f"train, turn {turn}", int(turn), path
 
 
-# ---------------------------------------------------------------- references in answers
-
-_WORD = re.compile(r"(?:[^\W_]|[\u0300-\u036f])+")
-_ARTICLES = ("a", "an", "the")
-
-
-class _Word(NamedTuple):
-    plain: str
-    start: int
-    end: int
+_LETTER = r"[^\W_]"
+_ARTICLE = r"(?:an?|the)[\W_]+"
 
 
 def pieces(text: str, references: Sequence[str], marker: str | None = None) -> list[str]:
     """A text cut so that every second piece is a reference answer; joined, they are the text.
 
-    Words agree as they do for rewards, by and large: case, accents, punctuation and leading articles do not
-    count. Where a reward has a ``marker``, only what follows it is looked at.
+    Words are compared much as rewards do: without case, accents, punctuation and leading articles. With a
+    ``marker``, only the text after it is searched.
     """
     begin = 0
     if marker:
         found = re.search(re.escape(marker), text, re.IGNORECASE)
         begin = found.end() if found else len(text)
-    words = [word for word in _words(text) if word.start >= begin]
-    spans = sorted({span for reference in references for span in _spans(words, _words(reference))})
-    cut, at = [], 0
+    plain = [_plain(char) if i >= begin else "" for i, char in enumerate(text)]
+    # Where each character of the plain text is in the text.
+    origin = [i for i, chars in enumerate(plain) for _ in chars] + [len(text)]
+    spans = sorted(
+        (origin[match.start()], origin[match.end()])
+        for reference in references
+        if (pattern := _pattern(reference))
+        for match in re.finditer(pattern, "".join(plain))
+    )
+    parts, done = [], 0
     for start, end in spans:
-        if start >= at:
-            cut += [text[at:start], text[start:end]]
-            at = end
-    return [*cut, text[at:]]
+        if start >= done:  # not within the span before
+            parts += [text[done:start], text[start:end]]
+            done = end
+    return [*parts, text[done:]]
 
 
-def _spans(words: Sequence[_Word], wanted: Sequence[_Word]) -> list[tuple[int, int]]:
-    literal = _occurrences(words, wanted)
-    return literal or _occurrences(_without_articles(words), _without_articles(wanted))
-
-
-def _occurrences(words: Sequence[_Word], wanted: Sequence[_Word]) -> list[tuple[int, int]]:
-    said, looked_for = [word.plain for word in words], [word.plain for word in wanted]
-    size = len(looked_for)
-    return [
-        (words[at].start, words[at + size - 1].end)
-        for at in range(len(said) - size + 1)
-        if size and said[at : at + size] == looked_for
-    ]
-
-
-def _words(text: str) -> list[_Word]:
-    return [_Word(_plain(match[0]), match.start(), match.end()) for match in _WORD.finditer(text)]
-
-
-def _plain(word: str) -> str:
-    decomposed = unicodedata.normalize("NFKD", word)
+def _plain(text: str) -> str:
+    """Without case and accents."""
+    decomposed = unicodedata.normalize("NFKD", text)
     return "".join(char for char in decomposed if not unicodedata.combining(char)).casefold()
 
 
-def _without_articles(words: Sequence[_Word]) -> list[_Word]:
-    """An article stands before another word: what ends in "vitamin A" ends in no article."""
-    return [word for word in words if word.plain not in _ARTICLES or word == words[-1]]
+def _pattern(reference: str) -> str:
+    """A regular expression for a reference in plain text; empty for one without words."""
+    *words, last = re.findall(rf"{_LETTER}+", _plain(reference)) or [""]
+    articles = [word for word in words if re.fullmatch("an?|the", word)]  # not the last: "vitamin A"
+    first = rf"(?:{_ARTICLE})?" if articles and words[0] in articles else ""
+    between = rf"[\W_]+(?:{_ARTICLE})*"
+    kept = between.join([*(word for word in words if word not in articles), last])
+    return last and rf"(?<!{_LETTER}){first}{kept}(?!{_LETTER})"

@@ -8,16 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+import pandas as pd
+
 from stasc.errors import UserError
-from stasc.report import figures, sizes, tables
-from stasc.report.browser import embed
+from stasc.report import figures, tables
+from stasc.report.browser import embed, sampled
 from stasc.report.figures import FigureGroup
-from stasc.report.page import GENERATOR, Block, Parts, page, sampled
+from stasc.report.page import GENERATOR, Sections, page
 from stasc.report.paper import read_paper
 from stasc.report.runs import read_runs
-from stasc.report.statistics import RESAMPLES
 from stasc.report.systems import System, group_runs, panels
 from stasc.report.table import Table, markdown
+from stasc.statistics import RESAMPLES, verdict
 
 PAGE = "index.html"
 
@@ -47,7 +49,7 @@ PAPER_METHOD = (
 
 
 class _Parser(ArgumentParser):
-    """Mistakes in arguments are a user's like others."""
+    """Reports mistakes in arguments as ``UserError``."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see python -m stasc report --help).")
@@ -82,13 +84,16 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def report(places: Sequence[Path], out: Path, paper: Path | None, at_most: int) -> list[str]:
-    """Write the report and say what was found.
+    """Write the report.
 
     Args:
         places: Run folders, or folders that they lie under.
         out: The folder to write to: a new one, an empty one, or that of an earlier report.
         paper: CSV file of the paper's curves.
         at_most: Trajectories on the page for each run, iteration, split and transition.
+
+    Returns:
+        Lines to print: what was found, and where the report is.
 
     Raises:
         UserError: There is no run, a file cannot be read, or ``out`` holds something else.
@@ -98,12 +103,12 @@ def report(places: Sequence[Path], out: Path, paper: Path | None, at_most: int) 
     ours = group_runs(runs)
     systems = ours + (group_runs(read_paper(paper), paper=True) if paper else [])
     shown = panels(systems)
-    ordered = [(run, f"{system.name}, seed {run.seed}") for system in ours for run in system.runs]
-    trajectories = embed([run for run, _ in ordered], [name for _, name in ordered], at_most)
-    parts: Parts = {
+    trajectories = embed(ours, at_most)
+    summary = tables.summarize(systems)
+    sections: Sections = {
         "Results": [
-            tables.table2(systems),
-            tables.table1(systems),
+            tables.table2(systems, summary),
+            tables.table1(systems, summary),
             tables.pairs_table(systems),
             tables.further_table(systems),
         ],
@@ -111,44 +116,55 @@ def report(places: Sequence[Path], out: Path, paper: Path | None, at_most: int) 
             figures.initialization(shown, "E"),
             figures.initialization(shown, "F"),
             figures.best_variants(shown),
+            figures.deltas(shown),
         ],
         "What was learnt from": [
             figures.dataset_sizes(shown),
             figures.gains_of_sizes(shown),
-            sizes.correlation_table(shown),
+            tables.correlation_table(shown),
         ],
         "Transitions": [figures.transitions(systems)],
         "Runs": [tables.runs_table(systems), tables.curves_table(systems)],
-        "Method": [[*METHOD, *([PAPER_METHOD] if paper else [])]],
+        "Method": [*METHOD, *([PAPER_METHOD] if paper else [])],
     }
-    parts = {name: there for name, blocks in parts.items() if (there := [block for block in blocks if block])}
-    lead, notes = _lead(ours), _notes(ours, just_begun)
-    html = page(lead, notes, parts, trajectories, at_most)
-    text = _markdown([*lead, *notes], parts, sampled(trajectories, at_most))
-    _write(out, html, text, [block for blocks in parts.values() for block in blocks])
+    sections = {title: full for title, blocks in sections.items() if (full := list(filter(None, blocks)))}
+    lead, notes, sample = _lead(ours, summary), _notes(ours, just_begun), sampled(trajectories, at_most)
+    # The page first: should the rest fail, it shows that the folder is a report's.
+    files: dict[str, str | bytes] = {PAGE: page(lead, notes, sections, trajectories, sample)}
+    files["report.md"] = _markdown([*lead, *notes, f"{sample} (The page is {PAGE}.)"], sections)
+    for block in (block for blocks in sections.values() for block in blocks):
+        if isinstance(block, Table):
+            files[f"{block.name}.csv"] = block.csv()
+        elif isinstance(block, FigureGroup):
+            for picture in block.pictures:
+                files[f"figures/{picture.name}.svg"] = picture.svg
+                files[f"figures/{picture.name}.png"] = picture.png
+    _write(out, files)
     return [*lead, *notes, f"report  {out / PAGE}, {out / 'report.md'}, *.csv, figures/"]
 
 
-def _lead(systems: Sequence[System]) -> list[str]:
-    """What there is, and what came out highest."""
+def _lead(systems: Sequence[System], summary: pd.DataFrame) -> list[str]:
+    """How many runs there are, and which system is the best of each bench."""
     runs = sum(len(system.runs) for system in systems)
     lead = [f"{_count(runs, 'run')} of {_count(len(systems), 'system')}."]
-    fair = [system for system in systems if not system.uses_references]
-    for bench in dict.fromkeys(system.bench for system in fair):
-        final = {s.name: tables.estimate(s.counted, "r2", s.final).mean for s in fair if s.bench == bench}
-        best = max((s for s in fair if s.bench == bench), key=lambda s: final[s.name])
-        base = tables.estimate(best.counted, "r2", 0).mean
+    fair = summary[(summary["source"] == "runs") & ~summary["uses_references"]]
+    for bench, rows in fair.groupby("bench", sort=False):
+        best = rows.loc[rows["final_r2"].idxmax()]
         lead.append(
-            f"{bench}: the highest final r(Y2) is that of {best.label}, {final[best.name]:.3f} "
-            f"(M_0 {base:.3f}; iteration {best.final}; {_count(len(best.counted), 'seed')})."
+            f"{bench}: the highest final r(Y2) is that of {best['system']}, {best['final_r2']:.3f} "
+            f"(M_0 {best['m0_r2']:.3f}; iteration {best['final_iteration']}; "
+            f"{_count(best['seeds'], 'seed')})."
         )
+        model = f"{bench}: {best['system']}, M_{best['final_iteration']}"
+        repeated = None if pd.isna(best["repeated"]) else best["repeated"]
+        lead.append(verdict(model, best["delta"], best["delta_p"], repeated))
     return lead
 
 
 def _notes(systems: Sequence[System], just_begun: Sequence[str]) -> list[str]:
-    """What a reader must not miss: runs that have not come to their end, and what cannot be compared."""
+    """What a reader must not miss: unfinished runs, and what cannot be compared."""
     notes = [
-        f"{run.name} is unfinished: iteration {run.last} of {run.planned}."
+        f"{run.name} is unfinished: iteration {run.last} of {run.record.iterations}."
         for system in systems
         for run in system.runs
         if not run.finished
@@ -161,19 +177,19 @@ def _count(number: int, thing: str) -> str:
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
-def _markdown(lead: Sequence[str], parts: Parts, trajectories: str) -> str:
-    lines = ["# STaSC report", *lead, f"{trajectories} (The page is {PAGE}.)"]
-    for name, blocks in parts.items():
-        lines.append(f"## {name}")
+def _markdown(lead: Sequence[str], sections: Sections) -> str:
+    parts = ["# STaSC report", *map(markdown, lead)]
+    for title, blocks in sections.items():
+        parts.append(f"## {title}")
         for block in blocks:
             if isinstance(block, Table):
-                lines.append(block.markdown())
+                parts.append(block.markdown())
             elif isinstance(block, FigureGroup):
                 pictures = (f"![{markdown(p.alt)}](figures/{p.name}.png)" for p in block.pictures)
-                lines += [f"### {block.title}", block.caption, "\n".join(pictures)]
+                parts += [f"### {markdown(block.title)}", markdown(block.caption), "\n".join(pictures)]
             else:
-                lines += block
-    return "\n\n".join(lines) + "\n"
+                parts.append(markdown(block))
+    return "\n\n".join(parts) + "\n"
 
 
 def _check_is_ours(out: Path) -> None:
@@ -185,21 +201,10 @@ def _check_is_ours(out: Path) -> None:
         raise UserError(f"{out} is a file: choose another --out.")
 
 
-def _write(out: Path, html: str, text: str, blocks: Sequence[Block]) -> None:
-    """The page first: by it the folder is known as a report's, should the rest fail."""
+def _write(out: Path, files: dict[str, str | bytes]) -> None:
     try:
         (out / "figures").mkdir(parents=True, exist_ok=True)
-        _write_text(out / PAGE, html)
-        _write_text(out / "report.md", text)
-        for block in blocks:
-            if isinstance(block, Table):
-                _write_text(out / f"{block.name}.csv", block.csv())
-            for picture in block.pictures if isinstance(block, FigureGroup) else ():
-                _write_text(out / "figures" / f"{picture.name}.svg", picture.svg)
-                (out / "figures" / f"{picture.name}.png").write_bytes(picture.png)
+        for name, content in files.items():
+            (out / name).write_bytes(content.encode() if isinstance(content, str) else content)
     except OSError as error:
         raise UserError(f"the report cannot be written to {out}: {error}.") from error
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8", newline="\n")

@@ -1,4 +1,4 @@
-"""The figures of a report, one picture for each panel."""
+"""The figures of a report: groups of pictures, one for each panel."""
 
 from __future__ import annotations
 
@@ -7,79 +7,68 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
+import pandas as pd
 from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from stasc.report.runs import mean_curve
-from stasc.report.sizes import correlation_of, gains
 from stasc.report.systems import Panel, System
 from stasc.report.table import number
+from stasc.report.tables import TURNS
+from stasc.statistics import correlation
 
 INK, SOFT, PAPER = "#1c2128", "#6e7681", "#ffffff"
-"""Text, lines that stand back, and background of a picture; the page puts its own in their place."""
+"""Text, lines in the background, and the background of a picture; the page has its own in their place."""
 
-# A hue for filter and fine-tuning, a marker for the initialisation. The hues are those of Okabe and Ito, told
-# apart in the common kinds of colour blindness, moved to stand out from white and from near-black alike.
+# A hue for filter and fine-tuning, a marker for the initialisation. The hues are those of Okabe and Ito, for
+# readers who are colour-blind too, changed to be visible on white and on near-black.
 _HUES = {"IE": "#2b7bba", "IF": "#d55e00", "NE": "#b8629a", "NF": "#008f68"}
 _MARKERS = {"E": "o", "F": "s"}
 _OTHER_HUE = "#7a828e"
 
-# From the bottom of a bar: what is right after correction, then what is wrong.
+# Colours of ``TRANSITIONS``, from the bottom of a bar: what is right after correction, then what is wrong.
 _TRANSITIONS = {
-    "right_to_right": ("right → right", "#2b7bba"),
-    "wrong_to_right": ("wrong → right", "#7fc4f5"),
-    "right_to_wrong": ("right → wrong", "#d55e00"),
-    "wrong_to_wrong": ("wrong → wrong", "#a9afb8"),
+    "right_to_right": "#2b7bba",
+    "wrong_to_right": "#7fc4f5",
+    "right_to_wrong": "#d55e00",
+    "wrong_to_wrong": "#a9afb8",
 }
-_SIZE = (4.3, 3.0)  # inches
-_AREA = (
-    0.16,
-    0.155,
-    0.7,
-    0.755,
-)  # left, bottom, width and height of the axes; names of lines stand to the right
 _STYLE = {
     "axes.axisbelow": True,
-    "axes.edgecolor": SOFT,
     "axes.facecolor": "none",
     "axes.grid": True,
     "axes.grid.axis": "y",
-    "axes.labelcolor": INK,
     "axes.linewidth": 0.8,
     "axes.spines.right": False,
     "axes.spines.top": False,
-    "axes.titlecolor": INK,
     "axes.titlelocation": "left",
     "axes.titlesize": 10,
-    "axes.unicode_minus": True,
+    "figure.constrained_layout.use": True,  # cuts no label off, however long it is
     "figure.facecolor": PAPER,
+    "figure.figsize": (4.3, 3.0),  # inches
     "font.family": ["DejaVu Sans"],
     "font.size": 9,
     "grid.alpha": 0.25,
-    "grid.color": SOFT,
     "grid.linewidth": 0.6,
     "lines.linewidth": 1.8,
     "lines.markersize": 4.5,
     "path.simplify": False,
     "savefig.dpi": 160,
     "svg.fonttype": "none",
-    "text.color": INK,
     "text.parse_math": False,
-    "xtick.color": SOFT,
-    "xtick.labelcolor": INK,
-    "ytick.color": SOFT,
-    "ytick.labelcolor": INK,
+    **dict.fromkeys(("axes.edgecolor", "grid.color", "xtick.color", "ytick.color"), SOFT),
+    **dict.fromkeys(
+        ("axes.labelcolor", "axes.titlecolor", "text.color", "xtick.labelcolor", "ytick.labelcolor"), INK
+    ),
 }
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One panel, as PNG and as SVG; ``name`` is its file's, ``alt`` says what is to be seen."""
+    """One panel, as PNG and as SVG; ``name`` is that of its file, ``alt`` describes it in words."""
 
     name: str
     alt: str
@@ -89,7 +78,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class FigureGroup:
-    """A figure of the report: its panels and what is said below them."""
+    """A figure of the report: its panels and their caption; it is true if it has any panel."""
 
     title: str
     caption: str
@@ -107,14 +96,16 @@ _LINES = (
 
 def initialization(panels: Sequence[Panel], letter: str) -> FigureGroup:
     """Figures 2 and 3: all variants with Evolving ("E") or Fixed ("F") initialisation."""
-    number, word = {"E": (2, "Evolving"), "F": (3, "Fixed")}[letter]
-    pictures = [
-        _rewards(f"figure{number}-{slug}-{turn}", panel, letter, turn)
-        for turn in ("r2", "r1")
-        for slug, panel in _named(panels)
-    ]
+    figure, word = {"E": (2, "Evolving"), "F": (3, "Fixed")}[letter]
+    pictures = []
+    for turn, what in (("r2", "corrections"), ("r1", "initial answers")):
+        label = f"reward of {what}, {TURNS[turn]}"
+        for slug, panel in _named(panels):
+            lines = [_Line(s, turn, s.algorithm) for s in panel.systems if s.initialization == letter]
+            name = f"figure{figure}-{slug}-{turn}"
+            pictures.append(_lines(name, panel.title, lines, label, f"{label},", _limits(panel)))
     return FigureGroup(
-        f"Figure {number}: {word} initialisation",
+        f"Figure {figure}: {word} initialisation",
         f"Rewards of corrections, r(Y2), and of initial answers, r(Y1), on the test questions. {_LINES}",
         tuple(filter(None, pictures)),
     )
@@ -122,16 +113,44 @@ def initialization(panels: Sequence[Panel], letter: str) -> FigureGroup:
 
 def best_variants(panels: Sequence[Panel]) -> FigureGroup:
     """Figure 4: initial answers and corrections of the best variant."""
+
+    def final(system: System) -> float:
+        means = system.curve("r2")["mean"]
+        return means.iloc[-1] if len(means) else -1.0
+
+    pictures = []
+    for slug, panel in _named(panels):
+        best = max([system for system in panel.systems if system.variant] or panel.systems, key=final)
+        lines = [_Line(best, turn, title, hollow=turn == "r1") for turn, title in TURNS.items()]
+        title, what = f"{panel.title}: {best.algorithm}", f"{best.algorithm}, rewards"
+        pictures.append(_lines(f"figure4-{slug}", title, lines, "reward", what, _limits(panel)))
     return FigureGroup(
         "Figure 4: initial answers and corrections",
         f"The variant of each panel with the highest final r(Y2). {_LINES}",
-        tuple(_best(f"figure4-{slug}", panel) for slug, panel in _named(panels)),
+        tuple(filter(None, pictures)),
     )
+
+
+def deltas(panels: Sequence[Panel]) -> FigureGroup:
+    """Delta over iterations."""
+    pictures = []
+    for slug, panel in _named(panels):
+        lines = [_Line(system, "delta", system.algorithm) for system in panel.systems]
+        values = [value for line in lines for value in (*line.curve["min"], *line.curve["max"])]
+        reach = 1.1 * max([abs(value) for value in values] + [0.05])
+        label = "Δ = r(Y2) less r(Y1)"
+        pictures.append(_lines(f"delta-{slug}", panel.title, lines, label, "Delta", (-reach, reach)))
+    caption = f"How much better the corrections of a model are than its own first answers. {_LINES}"
+    return FigureGroup("Δ: does a second look help?", caption, tuple(filter(None, pictures)))
 
 
 def dataset_sizes(panels: Sequence[Panel]) -> FigureGroup:
     """|D_n| over iterations."""
-    pictures = [_sizes(f"sizes-{slug}", panel) for slug, panel in _named(panels)]
+    pictures = []
+    for slug, panel in _named(panels):
+        lines = [_Line(system, "dataset_size", system.algorithm) for system in panel.systems]
+        label, limits = "|Dₙ|, trajectories", (0, None)
+        pictures.append(_lines(f"sizes-{slug}", panel.title, lines, label, "Size of D_n", limits))
     caption = f"Trajectories that the filter kept in iteration n. {_LINES}"
     return FigureGroup("Size of Dₙ", caption, tuple(filter(None, pictures)))
 
@@ -139,7 +158,7 @@ def dataset_sizes(panels: Sequence[Panel]) -> FigureGroup:
 def gains_of_sizes(panels: Sequence[Panel]) -> FigureGroup:
     """|D_n| and what it brought."""
     pictures = [_gains(f"gains-{slug}", panel) for slug, panel in _named(panels)]
-    caption = "Each point is an iteration of a run: how much it learnt from, and how far that moved r(Y2)."
+    caption = "Each point is an iteration of a run: |Dₙ|, and how much r(Y2) of Mₙ is above that of Mₙ₋₁."
     return FigureGroup("Size of Dₙ and gain", caption, tuple(filter(None, pictures)))
 
 
@@ -158,73 +177,64 @@ def transitions(systems: Sequence[System]) -> FigureGroup:
 # ---------------------------------------------------------------- panels
 
 
-def _rewards(name: str, panel: Panel, letter: str, turn: str) -> Picture | None:
-    systems = [s for s in panel.systems if s.initialization == letter and mean_curve(s.runs, turn)]
-    if not systems:
+class _Line(NamedTuple):
+    """A column of a system's curves over iterations."""
+
+    system: System
+    column: str
+    label: str
+    hollow: bool = False
+
+    @property
+    def curve(self) -> pd.DataFrame:
+        return self.system.curve(self.column)
+
+
+def _lines(
+    name: str,
+    title: str,
+    lines: Sequence[_Line],
+    label: str,
+    what: str,
+    limits: tuple[float, float | None],
+) -> Picture | None:
+    """A picture of those of some lines that have any point; ``what`` is its y axis in words."""
+    lines = [line for line in lines if len(line.curve)]
+    if not lines:
         return None
 
     def paint(axes: Axes) -> None:
-        ends = [_line(axes, system, turn) for system in systems]
-        axes.set_ylim(_limits(panel))
-        _label_ends(axes, ends)
+        for line in lines:
+            _draw(axes, line)
+        axes.set_ylim(*limits)
+        _label_ends(axes, lines)
 
-    what = "corrections" if turn == "r2" else "initial answers"
-    label = f"reward of {what}, r(Y{turn[1]})"
-    said = "; ".join(f"{s.algorithm} {_first_to_last(s, turn)}" for s in systems)
-    return _picture(name, f"{label}, over iterations: {said}", panel.title, "iteration n", label, paint)
+    def change(line: _Line) -> str:
+        form = ".0f" if line.column == "dataset_size" else ".3f"
+        first, last = line.curve["mean"].iloc[[0, -1]]
+        return f"{line.label} from {first:{form}} to {last:{form}}"
 
-
-def _best(name: str, panel: Panel) -> Picture:
-    def final(system: System) -> float:
-        return fmean(mean_curve(system.runs, "r2")[-1][1]) if mean_curve(system.runs, "r2") else -1.0
-
-    best = max([system for system in panel.systems if system.variant] or panel.systems, key=final)
-    turns = [turn for turn in ("r1", "r2") if mean_curve(best.runs, turn)]
-
-    def paint(axes: Axes) -> None:
-        ends = []
-        for turn in turns:
-            at, color, _ = _line(axes, best, turn, hollow=turn == "r1")
-            ends.append((at, color, {"r1": "r(Y1)", "r2": "r(Y2)"}[turn]))
-        axes.set_ylim(_limits(panel))
-        _label_ends(axes, ends)
-
-    said = "; ".join(f"r(Y{turn[1]}) {_first_to_last(best, turn)}" for turn in turns)
-    alt = f"{best.algorithm}, rewards over iterations: {said}"
-    return _picture(name, alt, f"{panel.title}: {best.algorithm}", "iteration n", "reward", paint)
-
-
-def _sizes(name: str, panel: Panel) -> Picture | None:
-    systems = [system for system in panel.systems if mean_curve(system.runs, "size")]
-    if not systems:
-        return None
-
-    def paint(axes: Axes) -> None:
-        ends = [_line(axes, system, "size") for system in systems]
-        axes.set_ylim(bottom=0)
-        _label_ends(axes, ends)
-
-    said = "; ".join(f"{s.algorithm} {_first_to_last(s, 'size')}" for s in systems)
-    alt = f"Size of D_n over iterations: {said}"
-    return _picture(name, alt, panel.title, "iteration n", "|Dₙ|, trajectories", paint)
+    alt = f"{what} over iterations: {'; '.join(map(change, lines))}"
+    return _picture(name, alt, title, label, paint)
 
 
 def _gains(name: str, panel: Panel) -> Picture | None:
-    points = [(s, [gain for run in s.runs for gain in gains(run)]) for s in panel.systems if s.variant]
-    if not any(pairs for _, pairs in points):
+    variants = [system for system in panel.systems if system.variant]
+    points = sum(len(run.gains) for system in variants for run in system.runs)
+    if not points:
         return None
+    found = correlation([run.gains for system in variants for run in system.runs])
+    r = f"r = {number(found.r, '.2f')}" if found else ""
 
     def paint(axes: Axes) -> None:
-        for system, pairs in points:
-            x, y = [size for size, _ in pairs], [gain for _, gain in pairs]
-            filled = system.variant[0] == "E"
-            color = _hue(system)
+        for system in variants:
             axes.scatter(
-                *(x, y),
+                [size for run in system.runs for size, _ in run.gains],
+                [gain for run in system.runs for _, gain in run.gains],
                 s=22,
                 marker=_MARKERS[system.variant[0]],
-                color=color if filled else "none",
-                edgecolors=color,
+                color=_hue(system) if system.initialization == "E" else "none",
+                edgecolors=_hue(system),
                 linewidths=1.2,
                 alpha=0.85,
                 label=system.algorithm,
@@ -233,64 +243,48 @@ def _gains(name: str, panel: Panel) -> Picture | None:
         _legend(axes, handletextpad=0.2)
         axes.set_xlim(left=0)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.text(0.98, 0.98, said, transform=axes.transAxes, ha="right", va="top", fontweight="bold")
+        axes.text(0.98, 0.98, r, transform=axes.transAxes, ha="right", va="top", fontweight="bold")
 
-    found = correlation_of([system for system, _ in points])
-    said = f"r = {number(found.r, '.2f')}" if found else ""
-    alt = f"Size of D_n and gain in r(Y2) for {sum(len(pairs) for _, pairs in points)} iterations, {said}"
-    return _picture(name, alt, panel.title, "|Dₙ|, trajectories", "gain: r(Y2) of Mₙ less Mₙ₋₁", paint)
+    alt = f"Size of D_n and gain in r(Y2) for {points} iterations, {r}"
+    return _picture(name, alt, panel.title, "gain: r(Y2) of Mₙ less Mₙ₋₁", paint, "|Dₙ|, trajectories")
 
 
 def _transitions(name: str, system: System) -> Picture:
-    last = max(run.last for run in system.runs)
-    shares = {}
-    for key in _TRANSITIONS:
-        shares[key] = [
-            fmean(
-                run.points[n].transitions[key] / sum(run.points[n].transitions.values())
-                for run in system.runs
-                if n <= run.last
-            )
-            for n in range(last + 1)
-        ]
+    iterations = range(max(run.last for run in system.runs) + 1)
+    counts = system.curves[list(_TRANSITIONS)]
+    shares = counts.div(counts.sum(axis=1), axis=0).groupby(system.curves["iteration"]).mean()
+    labels = {key: key.replace("_to_", " → ") for key in _TRANSITIONS}
 
     def paint(axes: Axes) -> None:
-        below = [0.0] * (last + 1)
-        for key, (label, color) in _TRANSITIONS.items():
-            axes.bar(range(last + 1), shares[key], bottom=below, color=color, width=0.8, label=label)
-            below = [a + b for a, b in zip(below, shares[key], strict=True)]
+        below = 0.0
+        for key, color in _TRANSITIONS.items():
+            axes.bar(iterations, shares[key], bottom=below, color=color, width=0.8, label=labels[key])
+            below += shares[key]
         axes.set_ylim(0, 1)
-        axes.set_xlim(-0.6, last + 0.6)
+        axes.set_xlim(-0.6, len(iterations) - 0.4)
         _legend(axes, reverse=True, handlelength=0.9)
 
-    said = "; ".join(f"{label} {shares[key][-1]:.2f}" for key, (label, _) in _TRANSITIONS.items())
-    alt = f"{system.name}, transitions over iterations, in the end: {said}"
-    return _picture(name, alt, system.name, "iteration n", "share of pairs", paint)
+    final = "; ".join(f"{labels[key]} {shares[key].iloc[-1]:.2f}" for key in _TRANSITIONS)
+    alt = f"{system.name}, transitions over iterations, in the end: {final}"
+    return _picture(name, alt, system.name, "share of pairs", paint)
 
 
 # ---------------------------------------------------------------- what they share
 
-_End = tuple[tuple[float, float], str, str]
 
-
-def _line(axes: Axes, system: System, name: str, *, hollow: bool = False) -> _End:
-    """The mean curve of a system with its band; where it ends, its colour and its label."""
-    curve = mean_curve(system.runs, name)
-    n = [iteration for iteration, _ in curve]
-    means = [fmean(values) for _, values in curve]
-    color = _hue(system)
+def _draw(axes: Axes, line: _Line) -> None:
+    """Draw the mean of a line over seeds, with a band from the lowest to the highest seed."""
+    curve, color, initialization = line.curve, _hue(line.system), line.system.initialization
     axes.plot(
-        *(n, means),
+        curve["mean"],
         color=color,
-        linestyle="--" if system.paper else "-",
-        linewidth=1.2 if hollow else None,
-        marker=_MARKERS.get(system.initialization or "", "D"),
-        markerfacecolor=PAPER if hollow or system.initialization == "F" else color,
+        linestyle="--" if line.system.paper else "-",
+        linewidth=1.2 if line.hollow else None,
+        marker=_MARKERS.get(initialization or "", "D"),
+        markerfacecolor=PAPER if line.hollow or initialization == "F" else color,
     )
-    if any(len(values) > 1 for _, values in curve):
-        lowest, highest = [min(values) for _, values in curve], [max(values) for _, values in curve]
-        axes.fill_between(n, lowest, highest, color=color, alpha=0.15, linewidth=0)
-    return (n[-1], means[-1]), color, system.algorithm
+    if curve["count"].max() > 1:
+        axes.fill_between(curve.index, curve["min"], curve["max"], color=color, alpha=0.15, linewidth=0)
 
 
 def _hue(system: System) -> str:
@@ -299,35 +293,36 @@ def _hue(system: System) -> str:
 
 def _limits(panel: Panel) -> tuple[float, float]:
     """The same for all pictures of a panel that show rewards."""
-    curves = [mean_curve(system.runs, turn) for system in panel.systems for turn in ("r1", "r2")]
-    values = [value for curve in curves for _, found in curve for value in found]
-    margin = 0.06 * (max(values) - min(values)) or 0.05
-    return max(min(values) - margin, -0.02), min(max(values) + margin, 1.02)
+    rewards = pd.concat([system.curves[[*TURNS]].astype(float) for system in panel.systems])
+    low, high = rewards.min(axis=None), rewards.max(axis=None)
+    margin = 0.06 * (high - low) or 0.05
+    return max(low - margin, -0.02), min(high + margin, 1.02)
 
 
-def _label_ends(axes: Axes, ends: Sequence[_End]) -> None:
-    """Write each line's name beside its end, moved up or down as far as needed to be read."""
+def _label_ends(axes: Axes, lines: Sequence[_Line]) -> None:
+    """Write each line's label beside its end, moved up or down as far as needed to be read."""
     bottom, top = axes.get_ylim()
-    apart = 0.075
-    right = max(x for (x, _), *_ in ends)
-    # A line that ends early has its name there, unless it would run into the others'.
-    columns = [right if x > 0.8 * right else x for (x, _), *_ in ends]
-    heights = [(y - bottom) / (top - bottom) for (_, y), *_ in ends]
+    least_distance = 0.075  # of two labels, as a share of the axes' height
+    ends = [(line.curve.index[-1], line.curve["mean"].iloc[-1]) for line in lines]
+    right = max(x for x, _ in ends)
+    # A line that ends early has its label there, unless that would cover the labels on the right.
+    columns = [right if x > 0.8 * right else x for x, _ in ends]
+    heights = [(y - bottom) / (top - bottom) for _, y in ends]
     order = sorted(range(len(ends)), key=heights.__getitem__)
     for _ in range(100):  # push neighbours apart, a little at a time
         for low, high in pairwise(order):
-            overlap = apart - (heights[high] - heights[low])
+            overlap = least_distance - (heights[high] - heights[low])
             if overlap > 0 and columns[low] == columns[high]:
                 heights[low] -= overlap / 2
                 heights[high] += overlap / 2
-    for x, height, (_, color, label) in zip(columns, heights, ends, strict=True):
+    for line, x, height in zip(lines, columns, heights, strict=True):
         axes.annotate(
-            label,
+            line.label,
             (x, height),
             xycoords=("data", "axes fraction"),
             xytext=(7, 0),
             textcoords="offset points",
-            color=color,
+            color=_hue(line.system),
             fontweight="bold",
             va="center",
             annotation_clip=False,
@@ -335,24 +330,20 @@ def _label_ends(axes: Axes, ends: Sequence[_End]) -> None:
 
 
 def _legend(axes: Axes, **options: Any) -> None:
-    """A legend to the right, where the axes make room for it."""
-    left, bottom, width, height = _AREA
-    axes.set_position((left, bottom, width - 0.17, height))
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, borderaxespad=0, **options)
 
 
-def _first_to_last(system: System, name: str) -> str:
-    curve = mean_curve(system.runs, name)
-    first, last = (fmean(curve[at][1]) for at in (0, -1))
-    return f"from {first:.0f} to {last:.0f}" if name == "size" else f"from {first:.3f} to {last:.3f}"
-
-
 def _picture(
-    name: str, alt: str, title: str, x_label: str, y_label: str, paint: Callable[[Axes], None]
+    name: str,
+    alt: str,
+    title: str,
+    y_label: str,
+    paint: Callable[[Axes], None],
+    x_label: str = "iteration n",
 ) -> Picture:
     with style.context(["default", _STYLE | {"svg.hashsalt": name}]):
-        figure = Figure(figsize=_SIZE)
-        axes = figure.add_axes(_AREA)
+        figure = Figure()
+        axes = figure.subplots()
         axes.xaxis.set_major_locator(MaxNLocator(10, integer=True, steps=[1, 2, 5, 10]))
         paint(axes)
         axes.set_title(title)
@@ -369,7 +360,7 @@ def _named(panels: Sequence[Panel]) -> list[tuple[str, Panel]]:
 
 
 def _slugs(titles: Sequence[str]) -> list[str]:
-    """A file name for each title, no two alike."""
+    """A file name for each title; no two are the same."""
     slugs: list[str] = []
     for title in titles:
         slug = re.sub(r"[^a-z0-9.]+", "-", title.lower()).strip("-.") or "panel"

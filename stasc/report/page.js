@@ -3,14 +3,11 @@
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const strata = data.strata.map(([run, iteration, split, transition, total]) => ({ run, iteration, split, transition, total }));
-  const trajectories = data.trajectories.map(([stratum, question, j, k, r1, r2, initial, correction, ended1, ended2]) => {
+  const trajectories = data.trajectories.map(([stratum, question, chain]) => {
     const [id, text, references] = data.questions[question];
-    const all = [id, text, ...references, initial.join(""), correction.join("")];
-    return {
-      ...strata[stratum], id, text, references, j, k,
-      answers: [["Initial answer", "r(y1)", r1, initial, ended1], ["Correction", "r(y2)", r2, correction, ended2]],
-      haystack: all.join("\n").toLowerCase(),
-    };
+    const answers = chain.map(([number, reward, right, finished, pieces]) => ({ number, reward, right, finished, pieces }));
+    const all = [id, text, ...references, ...answers.map((answer) => answer.pieces.join(""))];
+    return { ...strata[stratum], id, text, references, answers, haystack: all.join("\n").toLowerCase() };
   });
 
   const STEP = 20;
@@ -27,30 +24,31 @@
     return made;
   }
 
-  function said(tag, ...children) {
-    const made = element(tag, "said", ...children);
+  function quoted(tag, ...children) {
+    const made = element(tag, "quoted", ...children);
     made.dir = "auto";
     return made;
   }
 
-  function answer(title, name, reward, pieces, ended, right) {
-    const verdict = element("span", right ? "right" : "wrong", ` ${name} = ${Number(reward.toFixed(3))}, ${right ? "right" : "wrong"}`);
-    const text = pieces.map((piece, i) => (i % 2 ? element("mark", "", piece) : piece));
-    const parts = [element("h4", "", title, verdict), said("p", ...text)];
-    if (!ended) parts.push(element("p", "meta", "cut at the token limit"));
+  function answerBox({ reward, right, finished, pieces }, i) {
+    const word = right ? "right" : "wrong";
+    const verdict = element("span", word, ` r(y${i + 1}) = ${Number(reward.toFixed(3))}, ${word}`);
+    const text = pieces.map((piece, at) => (at % 2 ? element("mark", "", piece) : piece));
+    const parts = [element("h4", "", i ? "Correction" : "Initial answer", verdict), quoted("p", ...text)];
+    if (!finished) parts.push(element("p", "meta", "cut at the token limit"));
     return element("section", "", ...parts);
   }
 
   function card(t) {
     const [before, after] = data.transitions[t.transition].split("_to_");
     const badge = element("span", `badge ${after}`, `${before} → ${after}`);
-    const where = `${data.runs[t.run]} · iteration ${t.iteration} · ${t.split} · question ${t.id}, answer ${t.j}, correction ${t.k}`;
+    const numbers = t.answers.map(({ number }, i) => `${i ? "correction" : "answer"} ${number}`);
+    const where = `${data.runs[t.run]} · iteration ${t.iteration} · ${t.split} · question ${t.id}, ${numbers.join(", ")}`;
     const bdi = element("bdi", "", where);
     const references = element("p", "references", "References: ");
-    t.references.forEach((reference, i) => references.append(i ? " · " : "", said("span", reference)));
-    const pair = element("div", "pair");
-    t.answers.forEach((of, i) => pair.append(answer(...of, [before, after][i] === "right")));
-    return element("li", "", element("article", "", element("p", "meta", badge, bdi), said("h3", t.text), references, pair));
+    t.references.forEach((reference, i) => references.append(i ? " · " : "", quoted("span", reference)));
+    const answers = element("div", "answers", ...t.answers.map(answerBox));
+    return element("li", "", element("article", "", element("p", "meta", badge, bdi), quoted("h3", t.text), references, answers));
   }
 
   function chosen() {

@@ -4,113 +4,76 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import re
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
-from string import Template
 from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from stasc.report.figures import INK, PAPER, SOFT, FigureGroup, Picture
 from stasc.report.table import Table
 
 GENERATOR = '<meta name="generator" content="stasc report">'
-"""By this a page is known as one of ours."""
+"""Shows that a page was written by this program."""
 
-Block = Table | FigureGroup | Sequence[str]
-"""A table, a figure, or sentences."""
+Block = Table | FigureGroup | str
+"""A table, a figure, or a paragraph."""
 
-Parts = dict[str, Sequence[Block]]
-"""Sections by their titles."""
-
-_LONG = 12  # rows of a table that is folded up
+Sections = dict[str, Sequence[Block]]
+"""Blocks by the title of their section."""
 
 _FILES = Path(__file__).parent
 
 
 def page(
-    lead: Sequence[str],
-    notes: Sequence[str],
-    parts: Parts,
-    trajectories: dict[str, Any],
-    at_most: int,
+    lead: Sequence[str], notes: Sequence[str], sections: Sections, trajectories: dict[str, Any], sample: str
 ) -> str:
     """The page as HTML.
 
     Args:
         lead: Sentences under the title.
         notes: Sentences that a reader must not miss.
-        parts: The sections.
+        sections: What the page shows before the trajectories.
         trajectories: What ``browser.embed`` gives.
-        at_most: How many of each kind that were.
+        sample: A sentence on which trajectories these are.
     """
-    script = (_FILES / "page.js").read_text(encoding="utf-8")
-    sections = [
-        f'<section id="{_id(name)}" aria-labelledby="{_id(name)}-title">'
-        f'<h2 id="{_id(name)}-title">{escape(name)}</h2>{"".join(map(_block, blocks))}</section>'
-        for name, blocks in parts.items()
-    ]
-    names = [*parts, "Trajectories"]
-    return Template((_FILES / "page.html").read_text(encoding="utf-8")).substitute(
-        style=(_FILES / "page.css").read_text(encoding="utf-8"),
-        lead="".join(
-            [
-                *(f"<p>{escape(sentence)}</p>" for sentence in lead),
-                *(f"<p class=note>{escape(sentence)}</p>" for sentence in notes),
-            ]
-        ),
-        navigation=" ".join(f'<a href="#{_id(name)}">{escape(name)}</a>' for name in names),
-        sections="\n".join(sections),
-        sampled=escape(sampled(trajectories, at_most)),
-        data=embedded(trajectories),
+    jinja = Environment(
+        loader=FileSystemLoader(_FILES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    jinja.filters |= {"anchor": _anchor, "inline": inline}
+    # The filter ``tojson`` writes ASCII, in which nothing ends the script element; this makes it short.
+    jinja.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
+    style, script = ((_FILES / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    return jinja.get_template("page.html").render(
+        generator=GENERATOR,
+        style=style,
         script=script,
         script_hash=f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}",
+        lead=lead,
+        notes=notes,
+        sections=sections,
+        trajectories=trajectories,
+        sample=sample,
     )
-
-
-def sampled(trajectories: dict[str, Any], at_most: int) -> str:
-    """How many trajectories are on the page, of how many, and which."""
-    shown = len(trajectories["trajectories"])
-    total = sum(count for *_, count in trajectories["strata"])
-    if shown == total:
-        return f"All {total:,} trajectories of these runs are on this page."
-    return (
-        f"{shown:,} of the {total:,} trajectories of these runs are on this page: at most {at_most} for "
-        "each run, iteration, split and transition, drawn with a fixed seed by question, so that a "
-        "question can be followed over iterations."
-    )
-
-
-def embedded(value: Any) -> str:
-    """JSON for a script element: pure ASCII, and nothing in it ends the element or begins another."""
-    return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c").replace(">", "\\u003e")
 
 
 def inline(picture: Picture) -> str:
-    """A picture as part of the page: its own ids, the page's colours, any width."""
-    svg = picture.svg[picture.svg.index("<svg") :]
+    """What follows ``<svg`` in a picture, in the page's colours, of any width, with ids of its own."""
+    svg = picture.svg[picture.svg.index("<svg") + len("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    start, end, rest = svg.partition(">")
+    svg = re.sub(r' (width|height)="[^"]*"', "", start) + end + rest
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{picture.name}-", svg)
-    for color, here in {INK: "currentColor", SOFT: "var(--soft)", PAPER: "var(--card)"}.items():
-        svg = svg.replace(color, here)
-    return svg.replace("<svg", f'<svg role="img" aria-label="{escape(picture.alt)}"', 1)
+    for color, replacement in {INK: "currentColor", SOFT: "var(--soft)", PAPER: "var(--card)"}.items():
+        svg = svg.replace(color, replacement)
+    return svg
 
 
-def _block(block: Block) -> str:
-    if isinstance(block, FigureGroup):
-        panels = "\n".join(map(inline, block.pictures))
-        caption = f"<strong>{escape(block.title)}</strong> {escape(block.caption)}"
-        return f"<figure><figcaption>{caption}</figcaption><div class=panels>{panels}</div></figure>"
-    if isinstance(block, Table):
-        rows = sum(len(rows) for _, rows in block.groups)
-        if block.name.startswith("table") or rows <= _LONG:
-            return f"<h3>{escape(block.title)}</h3>{block.html()}"
-        return f"<details><summary>{escape(block.title)} ({rows} rows)</summary>{block.html()}</details>"
-    return "".join(f"<p>{escape(sentence)}</p>" for sentence in block)
-
-
-def _id(name: str) -> str:
-    return name.lower().replace(" ", "-")
+def _anchor(title: str) -> str:
+    """The id of a section."""
+    return title.lower().replace(" ", "-")

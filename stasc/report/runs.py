@@ -1,4 +1,4 @@
-"""Run folders, read: the figures of every M_n and the rewards of every test question."""
+"""Reading run folders: the metrics of every M_n and the rewards of every test question."""
 
 from __future__ import annotations
 
@@ -7,72 +7,52 @@ import math
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import yaml
-
 from stasc.errors import UserError
-from stasc.run import Run
-from stasc.trajectory import Question, Trajectory, from_json
-
-TRANSITIONS = ("wrong_to_right", "right_to_wrong", "right_to_right", "wrong_to_wrong")
+from stasc.run import Run, SystemRecord, flatten
+from stasc.trajectory import TRANSITIONS, Question, Trajectory, from_json
 
 _FURTHER = re.compile(r"greedy\.r[12]|samples\.(k|(pass|majority)_r[12])|rounds\.r\d+")
-
-# What two runs of one system may differ in: the seed, and where and how the run was carried out.
-_NOT_THE_SYSTEM = (
-    "seed_everything",
-    "run_dir",
-    "reuse",
-    "ckpt_path",
-    "weights_only",
-    "data.output",
-    "data.predict",
-    "sampler.init_args",
-    "trainer.accelerator",
-    "trainer.callbacks",
-    "trainer.default_root_dir",
-    "trainer.devices",
-    "trainer.enable_",
-    "trainer.log",
-    "trainer.num_nodes",
-    "trainer.profiler",
-    "trainer.strategy",
-)
 
 
 @dataclass(frozen=True)
 class Point:
-    """What is known of M_n; what is not known is None or empty.
+    """What is known of M_n; what is unknown is None or empty.
 
-    ``further`` has the other figures of ``metrics.json``, such as ``greedy.r2``. ``rewards`` has, for each
-    test question's id, the means of r(y1) and r(y2) over its samples.
+    Attributes:
+        r1: Mean reward of its initial answers to the test questions.
+        r2: Mean reward of their corrections.
+        size: |D_n|, in trajectories.
+        transitions: Number of test trajectories by name of ``TRANSITIONS``.
+        repeated: Share of the corrections with the same words as the answer that they correct.
+        further: Other metrics by their names in ``metrics.json``, such as ``greedy.r2``.
+        rewards: For each test question's id the means of r(y1) and r(y2) over its samples.
     """
 
     r1: float | None
     r2: float | None
     size: float | None = None
     transitions: dict[str, int] = field(default_factory=dict)
+    repeated: float | None = None
     further: dict[str, float] = field(default_factory=dict)
     rewards: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """One run: its options, and a point for each of M_0, M_1, ... as far as it went.
+    """One run: what it says of its system, and a point for each of M_0, M_1, ... as far as it went.
 
-    ``options`` are those of its config that make it a run of this system and no other, by dotted name.
     ``folder`` is None for a curve of the paper.
     """
 
     name: str
-    seed: Any
-    options: dict[str, Any]
-    planned: int
+    record: SystemRecord
     points: tuple[Point, ...]
     folder: Path | None = None
     test_set: frozenset[Question] = frozenset()
@@ -85,12 +65,16 @@ class RunResult:
     @property
     def finished(self) -> bool:
         """Whether that is the last one that was asked for."""
-        return self.last >= self.planned
+        return self.last >= self.record.iterations
 
     @property
-    def threshold(self) -> float:
-        """The reward from which on an answer is right."""
-        return self.options.get("algorithm.init_args.threshold", 1.0)
+    def gains(self) -> list[tuple[float, float]]:
+        """(|D_n|, r(Y2) of M_n less that of M_{n-1}) for each iteration n where all three are known."""
+        return [
+            (now.size, now.r2 - before.r2)
+            for before, now in pairwise(self.points)
+            if None not in (now.size, now.r2, before.r2)
+        ]
 
 
 def read_runs(places: Iterable[Path]) -> tuple[list[RunResult], list[str]]:
@@ -104,10 +88,10 @@ def read_runs(places: Iterable[Path]) -> tuple[list[RunResult], list[str]]:
     evaluated = [folder for folder in found if Run(folder).iteration(0).metrics.is_file()]
     if not evaluated:
         raise UserError(
-            f"no run to report in {', '.join(map(str, places))}: a run folder has a config.yaml and an "
+            f"no run to report in {', '.join(map(str, places))}: a run folder has a system.json and an "
             "iteration-00/metrics.json."
         )
-    # Names need not say what all of them share.
+    # The part of the path that all runs share says nothing about any of them.
     above = Path(os.path.commonpath(found)) if len(found) > 1 else found[0].parent
     names = {folder: printable(str(folder.relative_to(above))) for folder in found}
     just_begun = [names[folder] for folder in found if folder not in evaluated]
@@ -119,86 +103,75 @@ def _folders(place: Path) -> Iterator[Path]:
     if not place.is_dir():
         raise UserError(f"{place} is not a folder: name run folders, or a folder that they lie under.")
     for folder, below, files in os.walk(place):
-        begun = any(name == "under-way" or name.startswith("iteration-") for name in below)
-        if "config.yaml" in files and begun:
+        if "system.json" in files and any(re.fullmatch(r"draws|iteration-.*", name) for name in below):
             yield Path(folder)
             below.clear()
 
 
 def _read(folder: Path, name: str) -> RunResult:
     run = Run(folder)
-    config = _flat(_mapping(run.config))
-    planned = config.get("algorithm.init_args.iterations", 0)
-    if not isinstance(config.get("algorithm.class_path"), str) or not isinstance(planned, int):
-        raise UserError(
-            f"{run.config} does not say which algorithm ran (algorithm.class_path and init_args)."
-        )
     names = (re.fullmatch(r"iteration-(\d\d+)", path.parent.name) for path in folder.glob("*/metrics.json"))
-    there = sorted(int(found[1]) for found in names if found)
-    if missing := set(range(len(there))) - set(there):
+    evaluated = sorted(int(found[1]) for found in names if found)
+    if missing := set(range(len(evaluated))) - set(evaluated):
         path = run.iteration(min(missing)).metrics
         raise UserError(f"{path} is missing, although later iterations have one.")
-    points, test_sets = zip(*(_point(run, n) for n in there), strict=True)
+    points, test_sets = zip(*(_point(run, n) for n in evaluated), strict=True)
     for n, test_set in enumerate(test_sets):
         if test_set != test_sets[0]:
-            raise UserError(f"{run.iteration(n).test} has other questions than {run.iteration(0).test}.")
-    return RunResult(
-        name=name,
-        seed=config.get("seed_everything"),
-        options={key: value for key, value in config.items() if not key.startswith(_NOT_THE_SYSTEM)},
-        planned=planned,
-        points=points,
-        folder=folder,
-        test_set=test_sets[0],
-    )
+            later, first = (run.iteration(i).test_answers(2) for i in (n, 0))
+            raise UserError(f"{later} has other questions than {first}.")
+    record = run.read_system()
+    record = replace(record, name=printable(record.name))
+    return RunResult(name, record, points, folder, test_sets[0])
 
 
 def _point(run: Run, n: int) -> tuple[Point, frozenset[Question]]:
-    box = run.iteration(n)
-    metrics = _mapping(box.metrics)
-    rewards: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    questions = set()
-    for trajectory in trajectories(box.test):
-        questions.add(trajectory.question)
-        rewards[trajectory.question.id].append((trajectory.r1, trajectory.r2))
-    flat = _flat(metrics)
+    """What is known of M_n, and its test questions."""
+    iteration = run.iteration(n)
+    path, test = iteration.metrics, iteration.test_answers(2)
+    metrics = _metrics(path)
+    samples: dict[Question, list[tuple[float, float]]] = defaultdict(list)
+    repeats = []
+    for trajectory in trajectories(test):
+        samples[trajectory.question].append((trajectory.reward(1), trajectory.reward(2)))
+        if trajectory.turn > 1:
+            repeats.append(trajectory.after(1).text.split() == trajectory.after(2).text.split())
     point = Point(
-        r1=_number(flat, "test.r1", box.metrics),
-        r2=_number(flat, "test.r2", box.metrics),
-        size=_number(flat, "dataset.size", box.metrics) if n else None,
-        transitions={key: int(_number(flat, f"test.{key}", box.metrics)) for key in TRANSITIONS},
-        further={key: _number(flat, key, box.metrics) for key in flat if _FURTHER.fullmatch(key)},
+        r1=_number(metrics, "test.r1", path),
+        r2=_number(metrics, "test.r2", path),
+        size=_number(metrics, "dataset.size", path) if n else None,
+        transitions={key: int(_number(metrics, f"test.{key}", path)) for key in TRANSITIONS},
+        repeated=fmean(repeats) if repeats else None,
+        further={key: _number(metrics, key, path) for key in metrics if _FURTHER.fullmatch(key)},
         rewards={
-            key: (fmean(r1 for r1, _ in pairs), fmean(r2 for _, r2 in pairs))
-            for key, pairs in rewards.items()
+            question.id: (fmean(r1 for r1, _ in pairs), fmean(r2 for _, r2 in pairs))
+            for question, pairs in samples.items()
         },
     )
-    pairs = [pair for own in rewards.values() for pair in own]
-    for turn, told in enumerate((point.r1, point.r2)):
-        if not pairs or not math.isclose(fmean(pair[turn] for pair in pairs), told, abs_tol=1e-6):
+    # Metrics are computed from the answers, so another mean shows that one of the files was changed.
+    pairs = [pair for found in samples.values() for pair in found]
+    for turn, mean in enumerate((point.r1, point.r2)):
+        if not pairs or not math.isclose(fmean(pair[turn] for pair in pairs), mean, abs_tol=1e-6):
             raise UserError(
-                f"{box.test} does not have the rewards whose mean is in {box.metrics.name}: "
+                f"{test} does not have the rewards whose mean is in {path.name}: "
                 "one of the two was changed or cut."
             )
-    return point, frozenset(questions)
+    return point, frozenset(samples)
 
 
 def trajectories(path: Path) -> Iterator[Trajectory]:
-    """The trajectories of a file, one at a time.
+    """The trajectories of a file, one at a time; each has at least one answer.
 
     Raises:
         UserError: The file is missing, or a line of it is no trajectory.
     """
     try:
-        with path.open(encoding="utf-8") as lines:
+        with path.open(encoding="utf-8", newline="\n") as lines:
             for number, line in enumerate(lines, start=1):
                 try:
                     trajectory = from_json(line)
-                    whole = (
-                        isinstance(trajectory, Trajectory)
-                        and math.isfinite(trajectory.r1)
-                        and math.isfinite(trajectory.r2)
-                    )
+                    whole = isinstance(trajectory, Trajectory) and trajectory.turn > 0
+                    whole = whole and all(math.isfinite(answer.reward) for answer in trajectory.answers)
                 except (ValueError, KeyError, TypeError, AttributeError):
                     whole = False
                 if not whole:
@@ -210,30 +183,19 @@ def trajectories(path: Path) -> Iterator[Trajectory]:
         raise UserError(f"{path} cannot be read: {error}.") from error
 
 
-def _mapping(path: Path) -> dict[str, Any]:
-    """A JSON or YAML file that holds a mapping."""
+def _metrics(path: Path) -> dict[str, Any]:
+    """The metrics of an iteration by dotted name."""
     try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}.") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} does not hold a mapping: the file was changed or cut.")
-    return content
+    return flatten(content)
 
 
-def _flat(mapping: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in mapping.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
-
-
-def _number(flat: dict[str, Any], name: str, path: Path) -> float:
-    value = flat.get(name)
+def _number(metrics: dict[str, Any], name: str, path: Path) -> float:
+    value = metrics.get(name)
     if not isinstance(value, int | float) or not math.isfinite(value):
         raise UserError(f"{path} has no number {name}: the file was changed or cut.")
     return value
@@ -242,13 +204,3 @@ def _number(flat: dict[str, Any], name: str, path: Path) -> float:
 def printable(text: str) -> str:
     """A text of one line that every file format can hold: control characters become a question mark."""
     return "".join(char if char.isprintable() else "?" for char in text)
-
-
-def mean_curve(runs: Sequence[RunResult], name: str) -> list[tuple[int, list[float]]]:
-    """For each iteration the values of ``r1``, ``r2`` or ``size`` of all runs that have one there."""
-    curve = []
-    for n in range(max(run.last for run in runs) + 1):
-        values = [getattr(run.points[n], name) for run in runs if n <= run.last]
-        if known := [value for value in values if value is not None]:
-            curve.append((n, known))
-    return curve

@@ -6,24 +6,23 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import PurePath
+from functools import cached_property
 from typing import Any, TypeVar
 
+import pandas as pd
+
+from stasc.algorithm import VARIANTS
 from stasc.errors import UserError
 from stasc.report.runs import RunResult, printable
-from stasc.trajectory import Question
+from stasc.report.table import to_frame
+from stasc.run import SystemRecord
+from stasc.trajectory import TRANSITIONS, Question
 
-CLASS = "algorithm.class_path"
-VARIANT = "algorithm.init_args.variant"
-ITERATIONS = "algorithm.init_args.iterations"
+BASE = "model.base"
 SIZES = ("algorithm.init_args.n_init", "algorithm.init_args.n_corr")
-
-VARIANTS = ("FIF", "FIE", "FNF", "FNE", "EIF", "EIE", "ENF", "ENE")
-"""In the order of the paper's Table 2."""
-
-_ORDER = (*VARIANTS, "STaR", "SelfRefine", "Reflexion")
-
-_REMARKS = {"FIE": "SC", "Reflexion": "uses references at inference"}
+_ITERATIONS = "algorithm.init_args.iterations"
+_THRESHOLD = "algorithm.init_args.threshold"
+_VARIANT = "algorithm.init_args.variant"
 
 T = TypeVar("T")
 
@@ -32,16 +31,24 @@ T = TypeVar("T")
 class System:
     """Runs that differ in nothing but their seed.
 
-    ``label`` tells it from the other systems of its bench, ``name`` from all others. ``bench`` says what
-    was shared by the systems that it can be compared with: model, data, trainer.
+    Attributes:
+        bench: What is shared by the systems that it can be compared with: model, data, trainer.
+        label: Distinguishes it from the other systems of its bench.
+        name: Distinguishes it from all other systems.
+        runs: At least one, in the order of their seeds.
+        paper: Whether it is a curve of the paper.
     """
 
-    algorithm: str
     bench: str
     label: str
     name: str
     runs: tuple[RunResult, ...]
     paper: bool
+
+    @property
+    def algorithm(self) -> str:
+        """The name of its algorithm; for STaSC the variant."""
+        return self.record.name
 
     @property
     def variant(self) -> str | None:
@@ -50,8 +57,8 @@ class System:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What all its runs have in common."""
-        return self.runs[0].options
+        """What all its runs have in common besides the algorithm, by dotted name."""
+        return _options(self.runs[0])
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -61,15 +68,15 @@ class System:
 
     @property
     def initialization(self) -> str | None:
-        """The letter E or F of a variant; others that are trained stand with Evolving initialisation."""
+        """The letter E or F of a variant; other trained systems are shown with Evolving initialisation."""
         if self.variant:
             return self.variant[0]
-        return "E" if self.runs[0].planned else None
+        return "E" if self.record.iterations else None
 
     @property
-    def uses_references(self) -> bool:
-        """Whether it sees the references at inference, so that its rewards are an upper bound."""
-        return self.algorithm == "Reflexion"
+    def record(self) -> SystemRecord:
+        """What its runs say of it; the seed is that of one of them."""
+        return self.runs[0].record
 
     @property
     def test_set(self) -> frozenset[Question]:
@@ -78,7 +85,7 @@ class System:
 
     @property
     def counted(self) -> tuple[RunResult, ...]:
-        """The runs that tables are about: the finished ones, or all if there is none."""
+        """The runs that tables summarise: the finished ones, or all if there is none."""
         return tuple(run for run in self.runs if run.finished) or self.runs
 
     @property
@@ -86,43 +93,70 @@ class System:
         """The last iteration that all counted runs have."""
         return min(run.last for run in self.counted)
 
+    @cached_property
+    def curves(self) -> pd.DataFrame:
+        """Every iteration of every run, in the columns of the file ``curves.csv``."""
+        return to_frame(
+            {
+                "source": "paper" if self.paper else "runs",
+                "bench": self.bench,
+                "system": self.label,
+                "run": run.name,
+                "seed": None if self.paper else run.record.seed,
+                "iteration": n,
+                "r1": point.r1,
+                "r2": point.r2,
+                "delta": None if point.r1 is None or point.r2 is None else point.r2 - point.r1,
+                "repeated": point.repeated,
+                "dataset_size": point.size,
+                **{name: point.transitions.get(name) for name in TRANSITIONS},
+            }
+            for run in self.runs
+            for n, point in enumerate(run.points)
+        )
+
+    def curve(self, name: str) -> pd.DataFrame:
+        """Mean, min, max and count over runs of a column of ``curves``, by iteration where any is known."""
+        known = self.curves.dropna(subset=name).astype({name: float})
+        return known.groupby("iteration")[name].agg(["mean", "min", "max", "count"])
+
 
 def group_runs(runs: Iterable[RunResult], *, paper: bool = False) -> list[System]:
-    """The systems of some runs, in the order of the paper's Table 2.
+    """The systems of some runs: variants in the order of the paper's Table 2, then others.
 
     Raises:
         UserError: Two runs are the same run of the same system.
     """
-    systems = list(_by(runs, lambda run: _key(run.options)).values())
-    for seeds in systems:
+    groups = list(_by(runs, lambda run: _key([run.record.name, _options(run)])).values())
+    for seeds in groups:
         _check(seeds)
-    benches = _names([_options(seeds, in_algorithm=False) for seeds in systems], always=("model.base",))
-    labels = _labels(systems, benches)
+    firsts = [seeds[0] for seeds in groups]
+    benches = _names([_part(run, in_algorithm=False) for run in firsts], always=BASE)
+    if paper:
+        benches = [f"paper: {bench}" for bench in benches]
+    labels = _labels(firsts, benches)
     several = len(set(benches)) > 1
-    return sorted(
-        (
-            System(
-                algorithm=_algorithm(seeds),
-                bench=f"paper: {bench}" if paper else bench,
-                label=label,
-                name=f"{label} · {bench}" if several else label,
-                runs=tuple(sorted(seeds, key=lambda run: (str(run.seed).zfill(12), run.name))),
-                paper=paper,
-            )
-            for seeds, bench, label in zip(systems, benches, labels, strict=True)
-        ),
-        key=_order,
-    )
+    systems = [
+        System(
+            bench=bench,
+            label=label,
+            name=f"{bench}: {label}" if paper else f"{label} · {bench}" if several else label,
+            runs=tuple(sorted(seeds, key=lambda run: (run.record.seed, run.name))),
+            paper=paper,
+        )
+        for seeds, bench, label in zip(groups, benches, labels, strict=True)
+    ]
+    return sorted(systems, key=_order)
 
 
 def _check(seeds: Sequence[RunResult]) -> None:
     """Raise UserError unless these are several seeds of one system."""
     first = seeds[0]
-    for same in _by(seeds, lambda run: _key([run.seed])).values():
+    for same in _by(seeds, lambda run: run.record.seed).values():
         if len(same) > 1:
             raise UserError(
                 f"{same[0].name} and {same[1].name} are the same run with the same seed_everything "
-                f"({same[0].seed}), which would count it twice: leave one of them out."
+                f"({same[0].record.seed}), which would count it twice: leave one of them out."
             )
     for other in seeds:
         if other.test_set != first.test_set:
@@ -132,65 +166,75 @@ def _check(seeds: Sequence[RunResult]) -> None:
             )
 
 
-def _labels(systems: Sequence[Sequence[RunResult]], benches: Sequence[str]) -> list[str]:
-    """The algorithm of each system, and what tells it from others of this algorithm on the same bench."""
-    labels = [""] * len(systems)
-    alike = _by(range(len(systems)), lambda i: (benches[i], _algorithm(systems[i])))
-    for (_, algorithm), members in alike.items():
-        names = _names([_options(systems[i], in_algorithm=True) for i in members])
-        remark = f" ({_REMARKS[algorithm]})" if algorithm in _REMARKS else ""
+def _labels(runs: Sequence[RunResult], benches: Sequence[str]) -> list[str]:
+    """The name of each run's system, and what distinguishes it from others of this name on its bench."""
+    labels = [""] * len(runs)
+    for members in _by(range(len(runs)), lambda i: (benches[i], runs[i].record.name)).values():
+        names = _names([_part(runs[i], in_algorithm=True) for i in members])
         for i, differing in zip(members, names, strict=True):
-            labels[i] = ", ".join(filter(None, (algorithm, differing))) + remark
+            record = runs[i].record
+            remark = " (SC)" if record.name == "FIE" else ""
+            if record.uses_references:
+                remark = " (uses references at inference)"
+            labels[i] = ", ".join(filter(None, (record.name, differing))) + remark
     return labels
 
 
 def _order(system: System) -> tuple[Any, ...]:
-    rank = _ORDER.index(system.algorithm) if system.algorithm in _ORDER else len(_ORDER)
-    return (system.bench, rank, system.algorithm, system.sizes, system.label)
+    """By bench; in it variants, then other systems: trained ones, untrained ones, and upper bounds last."""
+    variant = VARIANTS.index(system.variant) if system.variant else len(VARIANTS)
+    untrained = not system.variant and not system.record.iterations
+    kind = (variant, system.record.uses_references, untrained, system.algorithm)
+    return (system.bench, *kind, system.sizes, system.label)
 
 
-def _algorithm(seeds: Sequence[RunResult]) -> str:
-    options = seeds[0].options
-    return printable(str(options.get(VARIANT) or options[CLASS].rpartition(".")[2]))
+def _options(run: RunResult) -> dict[str, Any]:
+    """All options that make the system, but for the variant, which is its name."""
+    record = run.record
+    options = record.options | {_ITERATIONS: record.iterations, _THRESHOLD: record.threshold}
+    return _without(options, _VARIANT)
 
 
-def _options(seeds: Sequence[RunResult], *, in_algorithm: bool) -> dict[str, Any]:
-    return {
-        name: value
-        for name, value in seeds[0].options.items()
-        if name.startswith("algorithm.") == in_algorithm and name not in (CLASS, VARIANT)
+def _part(run: RunResult, *, in_algorithm: bool) -> dict[str, Any]:
+    """The options of the algorithm, or all others."""
+    options = _options(run).items()
+    return {name: value for name, value in options if name.startswith("algorithm.") == in_algorithm}
+
+
+def _names(option_sets: Sequence[dict[str, Any]], always: str = "") -> list[str]:
+    """What distinguishes each of some option sets from the others, in few words, and ``always`` anyway."""
+    values = {
+        name: sorted({_key(options.get(name)) for options in option_sets})
+        for name in dict.fromkeys([always, *(name for options in option_sets for name in options)])
     }
-
-
-def _names(all_options: Sequence[dict[str, Any]], always: Sequence[str] = ()) -> list[str]:
-    """What tells each of some option sets from the others, in few words; ``always`` are told anyway."""
-    told = list(dict.fromkeys([*always, *(name for options in all_options for name in options)]))
-    values = {name: sorted({_key(options.get(name)) for options in all_options}) for name in told}
-    told = [name for name in told if name in always or len(values[name]) > 1]
+    named = [name for name in values if name == always or len(values[name]) > 1]
 
     def word(name: str, value: Any) -> str:
-        if name in always:
-            last_parts = {PurePath(str(options.get(name))).name for options in all_options}
-            return printable(
-                PurePath(str(value)).name if len(last_parts) == len(values[name]) else str(value)
-            )
         short = name.rpartition(".")[2]
-        if short == "class_path":
-            return printable(str(value).rpartition(".")[2])
-        if sum(other.rpartition(".")[2] == short for other in told) > 1:
+        if name == always or short == "class_path":
+            separator = "/" if name == always else "."
+            return _last_part(str(value), {str(options.get(name)) for options in option_sets}, separator)
+        if sum(other.rpartition(".")[2] == short for other in named) > 1:
             short = name
-        if isinstance(value, list | dict):  # such as prompts: too long to be told
+        if isinstance(value, list | dict):  # such as prompts: too long for a name
             return f"{short} no. {values[name].index(_key(value)) + 1}"
-        return printable(f"{short}={value}")
+        return f"{short}={value}"
 
     return [
-        ", ".join(word(name, options[name]) for name in told if name in options) for options in all_options
+        printable(", ".join(word(name, options[name]) for name in named if name in options))
+        for options in option_sets
     ]
+
+
+def _last_part(path: str, paths: set[str], separator: str) -> str:
+    """What follows the last separator, or the whole path where two of ``paths`` have the same end."""
+    ends = {one.rstrip(separator).rpartition(separator)[2] for one in paths}
+    return path.rstrip(separator).rpartition(separator)[2] if len(ends) == len(paths) else path
 
 
 @dataclass(frozen=True)
 class Panel:
-    """Systems to be seen in one picture: variants that share all other options, and other trained systems."""
+    """Systems that are drawn together: variants that share all other options, and other trained systems."""
 
     title: str
     systems: tuple[System, ...]
@@ -205,35 +249,45 @@ def panels(systems: Sequence[System]) -> list[Panel]:
     for bench, members in _by(systems, lambda system: system.bench).items():
         groups = list(_by([system for system in members if system.variant], _all_but_variant).values())
         groups = [group for group in groups if len(group) > 1] or groups
-        beside = [system for system in members if system.initialization and not system.variant]
-        for group in groups or [[]]:
-            sizes = f" {group[0].sizes}" if len(groups) > 1 or (group and group[0].paper) else ""
-            if shown := (*group, *beside):
-                found.append(Panel(f"{bench}{sizes}", shown))
+        others = [system for system in members if system.initialization and not system.variant]
+        options = [_part(group[0].runs[0], in_algorithm=True) for group in groups]
+        names = _names([_without(one, *SIZES, _ITERATIONS) for one in options])
+        for group, name in zip(groups, names, strict=True):
+            sizes = f"{bench} {group[0].sizes}" if len(groups) > 1 or group[0].paper else bench
+            found.append(Panel(", ".join(filter(None, (sizes, name))), (*group, *others)))
+        if others and not groups:
+            found.append(Panel(bench, tuple(others)))
     return found
 
 
 def grid(systems: Sequence[System]) -> list[list[System]]:
     """Table 1: for each variant the systems that differ in nothing but N_init and N_corr, if several do."""
-    trained = [system for system in systems if system.variant]
-    families = _by(trained, lambda s: (s.paper, _key({k: v for k, v in s.options.items() if k not in SIZES})))
+
+    def all_but_sizes(system: System) -> Hashable:
+        return system.paper, system.algorithm, _key(_without(system.options, *SIZES))
+
+    families = _by([system for system in systems if system.variant], all_but_sizes)
     return [family for family in families.values() if len(family) > 1]
 
 
 def compared(systems: Sequence[System]) -> list[System]:
     """Table 2: all systems, less the cells of Table 1 whose sizes no other variant was run with."""
-    in_grid = {id(system) for family in grid(systems) for system in family}
-    trained = [system for system in systems if system.variant]
-    alone = {id(group[0]) for group in _by(trained, _all_but_variant).values() if len(group) == 1}
-    return [system for system in systems if id(system) not in in_grid & alone]
+    in_grid = {system.name for family in grid(systems) for system in family}
+    groups = _by([system for system in systems if system.variant], _all_but_variant).values()
+    alone = {group[0].name for group in groups if len(group) == 1}
+    return [system for system in systems if system.name not in in_grid & alone]
 
 
 def _all_but_variant(system: System) -> Hashable:
-    return system.paper, _key({k: v for k, v in system.options.items() if k not in (VARIANT, ITERATIONS)})
+    return system.paper, _key(_without(system.options, _ITERATIONS))
 
 
-def _by(items: Iterable[T], key: Callable[[T], Hashable]) -> dict[Hashable, list[T]]:
-    groups: dict[Hashable, list[T]] = defaultdict(list)
+def _without(options: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name not in names}
+
+
+def _by(items: Iterable[T], key: Callable[[T], Hashable]) -> dict[Any, list[T]]:
+    groups: dict[Any, list[T]] = defaultdict(list)
     for item in items:
         groups[key(item)].append(item)
     return dict(groups)

@@ -1,247 +1,210 @@
-"""The tables of a report: the paper's two, and what stands behind them."""
+"""The tables of a report: the paper's two, and what is behind them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import combinations
-from statistics import fmean
+from statistics import fmean, pstdev
 from typing import Any
 
-from stasc.report.runs import TRANSITIONS, RunResult, mean_curve
-from stasc.report.statistics import (
-    Estimate,
-    Maximum,
+import pandas as pd
+
+from stasc.report.runs import RunResult
+from stasc.report.systems import Panel, System, compared, grid
+from stasc.report.table import UNKNOWN, Column, Row, Table, interval, number, to_frame
+from stasc.statistics import (
+    FEWEST_RUNS,
     Paired,
+    correlation,
     holm,
-    maximum,
     over_seeds,
     paired_test,
     standard_error,
 )
-from stasc.report.systems import System, compared, grid
-from stasc.report.table import UNKNOWN, Cell, Table, interval, number
 
 TURNS = {"r1": "r(Y1)", "r2": "r(Y2)"}
-
-
-@dataclass(frozen=True)
-class Best:
-    """The maximum over iterations of each seed, summarised over seeds."""
-
-    estimate: Estimate
-    deviation: float
-    iterations: tuple[int, ...]
-
-
-class Summary:
-    """What Tables 1 and 2 say of a system, over its counted runs; None where it is unknown."""
-
-    def __init__(self, system: System) -> None:
-        self.system = system
-        self.base = {turn: estimate(system.counted, turn, 0) for turn in TURNS}
-        self.best = {turn: _best(system, turn) for turn in TURNS}
-        self.final = {turn: estimate(system.counted, turn, system.final) for turn in TURNS}
-        self.against_base = _against_base(system)
-
-
-def estimate(runs: Sequence[RunResult], turn: str, n: int) -> Estimate | None:
-    """Of ``r1`` or ``r2`` in iteration ``n``; None where a run's is unknown."""
-    values = [getattr(run.points[n], turn) for run in runs]
-    return None if None in values else over_seeds(values)
-
-
-def _best(system: System, turn: str) -> Best | None:
-    maxima: list[Maximum | None] = [
-        maximum([getattr(point, turn) for point in run.points[: system.final + 1]]) for run in system.counted
-    ]
-    if None in maxima:
-        return None
-    return Best(
-        over_seeds([one.value for one in maxima]),
-        fmean(one.deviation for one in maxima),
-        tuple(sorted({one.iteration for one in maxima})),
-    )
-
-
-def _rewards(runs: Sequence[RunResult], n: int) -> dict[str, float]:
-    """For each test question the mean of r(y2) over runs and samples."""
-    return {
-        key: fmean(run.points[n].rewards[key][1] for run in runs) for key in sorted(runs[0].points[n].rewards)
-    }
-
-
-def _differences(ours: dict[str, float], theirs: dict[str, float]) -> list[float]:
-    return [ours[key] - theirs[key] for key in ours]
-
-
-def _against_base(system: System) -> Paired | None:
-    if system.paper or system.final == 0:
-        return None
-    runs = system.counted
-    return paired_test(_differences(_rewards(runs, system.final), _rewards(runs, 0)))
-
+_DIFFERENCE_INTERVAL = partial(interval, name="difference", form="+.3f")
 
 # ---------------------------------------------------------------- Tables 1 and 2
 
-_COLUMNS = (
-    *("System", "Seeds", "M₀ r(Y2)", "max r(Y1)", "max r(Y2)", "final r(Y1)", "final r(Y2)"),
-    *("final r(Y2) less M₀", "p"),
-)
-_NOTE = (
-    "max: the highest of iterations 0 to N, so it may be that of M₀; ± is the population standard "
-    "deviation over the iterations of a run, as in the paper, and n the iteration of the maximum. final: "
-    "the last iteration. [ ]: 95 % intervals, over seeds (t) and, for the difference, over test questions "
-    "(bootstrap); a single seed has none. Bold: best of its group. p: paired sign-flip test of r(y2) "
-    "against M₀ of the same runs, over so many test questions (qu.)."
-)
+
+def summarize(systems: Sequence[System]) -> pd.DataFrame:
+    """What Tables 1 and 2 say of each system, over its counted runs; the index is the systems' names."""
+    frame = to_frame(map(_summary, systems))
+    frame.index = pd.Index([system.name for system in systems])
+    return frame
 
 
-def table1(systems: Sequence[System]) -> Table:
-    """Rewards by N_init and N_corr."""
-    families = [(f"{family[0].bench}, {family[0].algorithm}", family) for family in grid(systems)]
-    return _rewards_table("table1", "Table 1: numbers of initial answers and of corrections", families)
-
-
-def table2(systems: Sequence[System]) -> Table:
-    """Rewards by variant."""
-    shown = compared(systems)
-    benches = {
-        bench: [s for s in shown if s.bench == bench] for bench in dict.fromkeys(s.bench for s in shown)
-    }
-    return _rewards_table("table2", "Table 2: variants", list(benches.items()))
-
-
-def _rewards_table(name: str, title: str, groups: Sequence[tuple[str, Sequence[System]]]) -> Table:
-    summaries = [(heading, [Summary(system) for system in group]) for heading, group in groups]
-    tested = [s for _, group in summaries for s in group if s.against_base]
-    adjusted = dict(zip(map(id, tested), holm([s.against_base.p for s in tested]), strict=True))
-    records = [_summary_record(s, adjusted.get(id(s))) for _, group in summaries for s in group]
-    return Table(name, title, _NOTE, _COLUMNS, [(h, _summary_rows(g)) for h, g in summaries], records)
-
-
-def _summary_rows(summaries: Sequence[Summary]) -> list[list[Cell]]:
-    def top(value: Callable[[Summary], Estimate | None]) -> float | None:
-        fair = [s for s in summaries if not s.system.uses_references]
-        means = [round(found.mean, 3) for s in fair if (found := value(s))]
-        return max(means) if len(means) > 1 else None
-
-    tops = {
-        turn: (top(lambda s, t=turn: s.best[t] and s.best[t].estimate), top(lambda s, t=turn: s.final[t]))
-        for turn in TURNS
-    }
-    return [
-        [
-            Cell(s.system.label, _choices(s.system)),
-            Cell(_seeds(s.system), _progress(s.system)),
-            Cell(number(s.base["r2"] and s.base["r2"].mean)),
-            *(_best_cell(s.best[turn], tops[turn][0]) for turn in TURNS),
-            *(_mean_cell(s.final[turn], tops[turn][1]) for turn in TURNS),
-            *(_difference_cells(s.against_base) if s.against_base else [_gain_cell(s), Cell(UNKNOWN)]),
-        ]
-        for s in summaries
-    ]
-
-
-def _choices(system: System) -> str:
-    if not system.variant:
-        return ""
-    where = {"E": "Mₙ₋₁", "F": "M₀"}
-    first, middle, last = system.variant
-    kept = {"I": "improving", "N": "non-decreasing"}[middle]
-    return f"answers {where[first]}, trains {where[last]}\n{kept} filter"
-
-
-def _seeds(system: System) -> str:
-    return "1" if system.paper else str(len(system.counted))
-
-
-def _progress(system: System) -> str:
-    planned = system.runs[0].planned
-    if system.paper and system.final < planned:
-        return f"known to n = {system.final} of {planned}"
-    if not system.counted[0].finished:
-        return f"unfinished: n = {system.final} of {planned}"
-    unfinished = len(system.runs) - len(system.counted)
-    return f"+ {unfinished} unfinished" if unfinished else ""
-
-
-def _best_cell(best: Best | None, top: float | None) -> Cell:
-    if best is None:
-        return Cell(UNKNOWN)
-    first, last = best.iterations[0], best.iterations[-1]
-    at = f"n = {first}" if first == last else f"n = {first} to {last}"
-    mean = best.estimate.mean
-    details = "\n".join(filter(None, (at, interval(best.estimate))))
-    return Cell(f"{mean:.3f} ± {best.deviation:.3f}", details, round(mean, 3) == top)
-
-
-def _mean_cell(found: Estimate | None, top: float | None = None) -> Cell:
-    if found is None:
-        return Cell(UNKNOWN)
-    return Cell(f"{found.mean:.3f}", interval(found), round(found.mean, 3) == top)
-
-
-def _gain_cell(summary: Summary) -> Cell:
-    """The paper's gain, which no test can be made of."""
-    base, final = summary.base["r2"], summary.final["r2"]
-    if base is None or final is None or summary.system.final == 0:
-        return Cell(UNKNOWN)
-    return Cell(number(final.mean - base.mean, "+.3f"))
-
-
-def _difference_cells(paired: Paired) -> list[Cell]:
-    return [
-        Cell(number(paired.difference, "+.3f"), interval(paired, "+.3f")),
-        Cell(_p(paired.p), f"{paired.questions:,} qu."),
-    ]
-
-
-def _p(p: float) -> str:
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def _summary_record(summary: Summary, p_holm: float | None) -> dict[str, Any]:
-    system = summary.system
+def _summary(system: System) -> dict[str, Any]:
     n_init, n_corr = system.sizes
     record: dict[str, Any] = {
         "source": "paper" if system.paper else "runs",
         "bench": system.bench,
         "system": system.label,
+        "algorithm": system.algorithm,
+        "uses_references": system.record.uses_references,
         "n_init": n_init if system.variant else None,
         "n_corr": n_corr if system.variant else None,
         "seeds": len(system.counted),
         "unfinished": sum(not run.finished for run in system.runs),
-        "iterations": system.runs[0].planned,
+        "iterations": system.record.iterations,
         "final_iteration": system.final,
     }
     for turn in TURNS:
-        best = summary.best[turn]
-        record[f"m0_{turn}"] = summary.base[turn] and summary.base[turn].mean
-        record |= _spread(f"max_{turn}", best and best.estimate)
-        record[f"max_{turn}_deviation"] = best and best.deviation
-        record[f"max_{turn}_iterations"] = best and " ".join(map(str, best.iterations))
-        record |= _spread(f"final_{turn}", summary.final[turn])
-    return record | _paired_record(summary.against_base, p_holm)
+        curves = [
+            [getattr(point, turn) for point in run.points[: system.final + 1]] for run in system.counted
+        ]
+        # An unknown value might be the highest.
+        known = not any(None in curve for curve in curves)
+        record[f"m0_{turn}"] = over_seeds([curve[0] for curve in curves]).mean
+        record |= _spread(f"max_{turn}", [max(curve) if known else None for curve in curves])
+        record[f"max_{turn}_deviation"] = fmean(map(pstdev, curves)) if known else None
+        at = {curve.index(max(curve)) for curve in curves} if known else ()
+        record[f"max_{turn}_iterations"] = " ".join(map(str, sorted(at))) or None
+        record |= _spread(f"final_{turn}", [curve[-1] for curve in curves])
+    record |= _delta(system)
+    if system.paper or system.final == 0:
+        return record | dict.fromkeys(Paired._fields)
+    return record | _paired(system.counted, system.final, system.counted, 0)
 
 
-def _spread(name: str, found: Estimate | None) -> dict[str, float | None]:
-    return {
-        name: found and found.mean,
-        f"{name}_low": found and found.low,
-        f"{name}_high": found and found.high,
-    }
+def _delta(system: System) -> dict[str, float | None]:
+    """r(Y2) less r(Y1) of the same model in the final iteration, tested over questions."""
+    final = system.curves[system.curves["iteration"] == system.final]
+    shown = {"delta": final["delta"].mean(), "repeated": final["repeated"].mean()}
+    if system.paper:
+        return shown | dict.fromkeys(("delta_low", "delta_high", "delta_p"))
+    rewards = [run.points[system.final].rewards for run in system.counted]
+    gains = [
+        fmean(of_run[question][1] - of_run[question][0] for of_run in rewards)
+        for question in sorted(rewards[0])
+    ]
+    test = paired_test(gains)._asdict()
+    names = {"delta": "difference", "delta_low": "difference_low", "delta_high": "difference_high"}
+    return shown | {name: test[key] for name, key in names.items()} | {"delta_p": test["p"]}
 
 
-def _paired_record(paired: Paired | None, p_holm: float | None) -> dict[str, Any]:
-    return {
-        "difference": paired and paired.difference,
-        "difference_low": paired and paired.low,
-        "difference_high": paired and paired.high,
-        "p": paired and paired.p,
-        "p_holm": p_holm,
-        "questions": paired and paired.questions,
-    }
+def _spread(name: str, values: Sequence[float | None]) -> dict[str, float | None]:
+    """The mean of one value per seed and its interval, as three columns."""
+    found = over_seeds(values)
+    return {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
+
+
+def _paired(runs: Sequence[RunResult], n: int, others: Sequence[RunResult], m: int) -> dict[str, Any]:
+    """The paired test of r(y2) of M_n of some runs less that of M_m of others."""
+
+    def means(runs: Sequence[RunResult], n: int) -> list[float]:
+        ids = sorted(runs[0].points[n].rewards)
+        return [fmean(run.points[n].rewards[question][1] for run in runs) for question in ids]
+
+    pairs = zip(means(runs, n), means(others, m), strict=True)
+    return paired_test([ours - theirs for ours, theirs in pairs])._asdict()
+
+
+def _with_holm(frame: pd.DataFrame) -> pd.DataFrame:
+    """The frame with p adjusted for all tests in it, beside p."""
+    known = frame["p"].dropna()
+    adjusted = pd.Series(holm(known.tolist()), known.index, dtype="Float64").reindex(frame.index)
+    frame = frame.copy()
+    frame.insert(frame.columns.get_loc("p") + 1, "p_holm", adjusted)
+    return frame
+
+
+def table1(systems: Sequence[System], summary: pd.DataFrame) -> Table:
+    """Rewards by N_init and N_corr; ``summary`` is that of ``summarize``."""
+    shown = [system for family in grid(systems) for system in family]
+    title = "Table 1: numbers of initial answers and of corrections"
+    return _rewards_table("table1", title, shown, summary, ("bench", "algorithm"))
+
+
+def table2(systems: Sequence[System], summary: pd.DataFrame) -> Table:
+    """Rewards by variant; ``summary`` is that of ``summarize``."""
+    return _rewards_table("table2", "Table 2: variants", compared(systems), summary, ("bench",))
+
+
+def _rewards_table(
+    name: str, title: str, systems: Sequence[System], summary: pd.DataFrame, group_by: Sequence[str]
+) -> Table:
+    note = (
+        "max: the highest of iterations 0 to N, so it may be that of M₀; ± is the population standard "
+        "deviation over the iterations of a run, as in the paper, and n the iteration of the maximum. final: "
+        "the last iteration. Δ: final r(Y2) less r(Y1) of the same model, whether a second look helps. [ ]: "
+        "95 % intervals, over seeds (t) and, for differences, over test questions (bootstrap); a single seed "
+        "has none. Bold: best of its group. p: paired sign-flip tests, of Δ and of r(y2) against M₀ of the "
+        "same runs, over so many test questions (qu.)."
+    )
+    best, final = [], []
+    for r, turn in TURNS.items():
+        shown = partial(_best, name=f"max_{r}"), partial(_best_detail, name=f"max_{r}")
+        best.append(Column(f"max {turn}", f"max_{r}", *shown, bold=True))
+        shown = ".3f", partial(interval, name=f"final_{r}")
+        final.append(Column(f"final {turn}", f"final_{r}", *shown, bold=True))
+    columns = (
+        Column("System", "system", detail=_choices),
+        Column("Seeds", "seeds", detail=_progress),
+        Column("M₀ r(Y2)", "m0_r2", ".3f"),
+        *best,
+        *final,
+        Column("final Δ", "delta", "+.3f", _delta_detail),
+        Column("final r(Y2) less M₀", "difference", _gain, _DIFFERENCE_INTERVAL),
+        Column("p", "p", _p, _questions),
+    )
+    frame = _with_holm(summary.loc[[system.name for system in systems]])
+    return Table(name, title, note, frame, columns, group_by)
+
+
+def _choices(row: Row) -> str:
+    """What the letters of a variant mean."""
+    if pd.isna(row["n_init"]):
+        return ""
+    first, middle, last = row["algorithm"]
+    models = {"E": "Mₙ₋₁", "F": "M₀"}
+    kept = {"I": "improving", "N": "non-decreasing"}[middle]
+    return f"answers {models[first]}, trains {models[last]}\n{kept} filter"
+
+
+def _delta_detail(row: Row) -> str:
+    """The interval of Delta and its p."""
+    p = "" if pd.isna(row["delta_p"]) else f"p {_p(row, 'delta_p')}"
+    return f"{interval(row, 'delta', '+.3f')}\n{p}".strip()
+
+
+def _progress(row: Row) -> str:
+    """How far the runs of a system got, unless all are finished."""
+    final, iterations, unfinished = row["final_iteration"], row["iterations"], row["unfinished"]
+    if final < iterations:
+        known = "known to" if row["source"] == "paper" else "unfinished:"
+        return f"{known} n = {final} of {iterations}"
+    return f"+ {unfinished} unfinished" if unfinished else ""
+
+
+def _best(row: Row, name: str) -> str:
+    return UNKNOWN if pd.isna(row[name]) else f"{row[name]:.3f} ± {row[f'{name}_deviation']:.3f}"
+
+
+def _best_detail(row: Row, name: str) -> str:
+    if pd.isna(row[name]):
+        return ""
+    iterations = row[f"{name}_iterations"].split()
+    at = f"n = {iterations[0]}" + (f" to {iterations[-1]}" if len(iterations) > 1 else "")
+    return f"{at}\n{interval(row, name)}".strip()
+
+
+def _gain(row: Row) -> str:
+    """The difference that was tested; for the paper, which has no rewards by question, that of its means."""
+    difference, final, base = row["difference"], row["final_r2"], row["m0_r2"]
+    if row["source"] == "paper" and row["final_iteration"] > 0 and not (pd.isna(final) or pd.isna(base)):
+        difference = final - base
+    return number(difference, "+.3f")
+
+
+def _p(row: Row, name: str = "p") -> str:
+    return "< 0.001" if not pd.isna(row[name]) and row[name] < 0.001 else number(row[name], ".3f")
+
+
+def _questions(row: Row) -> str:
+    return "" if pd.isna(row["questions"]) else f"{row['questions']:,} qu."
 
 
 # ---------------------------------------------------------------- pairs of systems
@@ -249,42 +212,32 @@ def _paired_record(paired: Paired | None, p_holm: float | None) -> dict[str, Any
 
 def pairs_table(systems: Sequence[System]) -> Table:
     """Every two systems that can be paired, and a sentence on those that cannot."""
-    found: list[tuple[System, System, int, Paired]] = []
-    strangers = []
-    for one, other in combinations([s for s in systems if not s.paper], 2):
+    records, unpaired = [], []
+    for one, other in combinations([system for system in systems if not system.paper], 2):
         if one.test_set != other.test_set:
             continue
-        seeds = [run.seed for run in one.counted if run.seed in {run.seed for run in other.counted}]
+        seeds = {run.record.seed for run in one.counted} & {run.record.seed for run in other.counted}
         if not seeds:
-            strangers.append(f"{one.name} and {other.name}")
+            unpaired.append(f"{one.name} and {other.name}")
             continue
-        rewards = (
-            _rewards([run for run in system.counted if run.seed in seeds], system.final)
-            for system in (one, other)
-        )
-        found.append((one, other, len(seeds), paired_test(_differences(*rewards))))
-    adjusted = holm([paired.p for *_, paired in found])
+        runs, others = ([run for run in s.counted if run.record.seed in seeds] for s in (one, other))
+        record = {"system": one.name, "minus": other.name, "seeds": len(seeds)}
+        records.append(record | _paired(runs, one.final, others, other.final))
     note = (
         "Final r(Y2) of the first less that of the second, paired by test question over the seeds that both "
         "have; interval and test as in Table 2. Holm: p adjusted for all pairs of this table."
     )
-    if strangers:
-        note += f" Not paired, for want of a common seed: {'; '.join(strangers)}."
-    rows = [
-        [
-            Cell(f"{one.name} less {other.name}"),
-            Cell(str(seeds)),
-            *_difference_cells(paired),
-            Cell(_p(p_holm)),
-        ]
-        for (one, other, seeds, paired), p_holm in zip(found, adjusted, strict=True)
-    ]
-    records = [
-        {"system": one.name, "minus": other.name, "seeds": seeds} | _paired_record(paired, p_holm)
-        for (one, other, seeds, paired), p_holm in zip(found, adjusted, strict=True)
-    ]
-    columns = ("Pair", "Seeds", "Difference", "p", "p (Holm)")
-    return Table("pairs", "Pairs of systems", note, columns, [("", rows)], records)
+    if unpaired:
+        note += f" Not paired, for want of a common seed: {'; '.join(unpaired)}."
+    columns = (
+        Column("Pair", "system", lambda row: f"{row['system']} less {row['minus']}"),
+        Column("Seeds", "seeds"),
+        Column("Difference", "difference", "+.3f", _DIFFERENCE_INTERVAL),
+        Column("p", "p", _p, _questions),
+        Column("p (Holm)", "p_holm", partial(_p, name="p_holm")),
+    )
+    frame = _with_holm(to_frame(records)) if records else pd.DataFrame()
+    return Table("pairs", "Pairs of systems", note, frame, columns)
 
 
 def unlike_test_sets(systems: Sequence[System]) -> str:
@@ -299,76 +252,53 @@ def unlike_test_sets(systems: Sequence[System]) -> str:
     return f"Systems are not paired across different test sets, of which there are {len(groups)}: {named}."
 
 
-# ---------------------------------------------------------------- what stands behind
+# ---------------------------------------------------------------- what is behind them
 
 
 def further_table(systems: Sequence[System]) -> Table:
     """Greedy rewards, several samples and several rounds, where runs have them."""
-    measured = {}
+    records = []
     for system in systems:
-        shared = set.intersection(*(set(run.points[system.final].further) for run in system.counted))
-        if shared:
-            measured[system.name] = {
-                key: over_seeds([run.points[system.final].further[key] for run in system.counted])
-                for key in shared
-            }
-    keys = sorted({key for found in measured.values() for key in found})
-    rows = [
-        [Cell(name), *(_further_cell(key, found.get(key)) for key in keys)]
-        for name, found in measured.items()
-    ]
-    records = [
-        {"system": name} | {key: found[key].mean if key in found else None for key in keys}
-        for name, found in measured.items()
-    ]
+        finals = [run.points[system.final].further for run in system.counted]
+        record = {"system": system.name}
+        for name in sorted(set.intersection(*map(set, finals))):
+            record |= _spread(name, [further[name] for further in finals])
+        if len(record) > 1:
+            records.append(record)
     note = (
         "Of the final iteration, means over seeds with 95 % intervals. greedy: one answer at temperature "
         "0; pass@k: whether one of k samples is right; majority: the answer that most samples give; r(Y3) "
         "and on: further rounds of correction."
     )
-    columns = ("System", *map(_further_title, keys))
-    return Table("further", "Other ways to answer", note, columns, [("", rows)], records)
+    frame = to_frame(records)
+    names = sorted(name.removesuffix("_low") for name in frame if name.endswith("_low"))
+    columns = (Column("System", "system"), *map(_further_column, names))
+    return Table("further", "Other ways to answer", note, frame, columns)
 
 
-def _further_title(key: str) -> str:
-    kind, _, name = key.partition(".")
-    how, _, turn = name.rpartition("_")
-    how = {"pass": "pass@k"}.get(how, how) if kind == "samples" else kind.replace("rounds", "round")
-    return "k" if name == "k" else f"{how} r(Y{turn[1:]})"
-
-
-def _further_cell(key: str, found: Estimate | None) -> Cell:
-    return Cell(f"{found.mean:g}") if found and key == "samples.k" else _mean_cell(found)
+def _further_column(name: str) -> Column:
+    if name == "samples.k":
+        return Column("k", name, "g")
+    kind, metric = name.split(".")
+    how, _, turn = metric.rpartition("_")
+    how = {"": kind.removesuffix("s"), "pass": "pass@k"}.get(how, how)
+    return Column(f"{how} r(Y{turn[1:]})", name, ".3f", partial(interval, name=name))
 
 
 def runs_table(systems: Sequence[System]) -> Table:
     """Every run, finished or not."""
-    rows, records = [], []
+    records = []
     for system in systems:
         for run in system.runs if not system.paper else ():
             point = run.points[-1]
             errors = [standard_error([pair[turn] for pair in point.rewards.values()]) for turn in (0, 1)]
-            done = f"{run.last} of {run.planned}"
-            rows.append(
-                [
-                    Cell(run.name),
-                    Cell(system.name),
-                    Cell(str(run.seed)),
-                    Cell(done, "" if run.finished else "unfinished"),
-                    Cell(str(len(point.rewards))),
-                    *(
-                        Cell(f"{value:.3f}", "" if error is None else f"SE {error:.3f}")
-                        for value, error in zip((point.r1, point.r2), errors, strict=True)
-                    ),
-                ]
-            )
             records.append(
                 {
                     "run": run.name,
                     "system": system.name,
-                    "seed": run.seed,
+                    "seed": run.record.seed,
                     "last_iteration": run.last,
-                    "iterations": run.planned,
+                    "iterations": system.record.iterations,
                     "test_questions": len(point.rewards),
                     "r1": point.r1,
                     "r1_se": errors[0],
@@ -376,43 +306,90 @@ def runs_table(systems: Sequence[System]) -> Table:
                     "r2_se": errors[1],
                 }
             )
+
+    def iterations(row: Row) -> str:
+        return f"{row['last_iteration']} of {row['iterations']}"
+
+    def unfinished(row: Row) -> str:
+        return "unfinished" if row["last_iteration"] < row["iterations"] else ""
+
+    def error(row: Row, name: str) -> str:
+        return "" if pd.isna(row[name]) else f"SE {row[name]:.3f}"
+
+    columns = (
+        Column("Run", "run"),
+        Column("System", "system"),
+        Column("Seed", "seed"),
+        Column("Iterations", "last_iteration", iterations, unfinished),
+        Column("Test questions", "test_questions"),
+        *(Column(turn, r, ".3f", partial(error, name=f"{r}_se")) for r, turn in TURNS.items()),
+    )
     note = "The last evaluated iteration of each run. SE: standard error over test questions."
-    columns = ("Run", "System", "Seed", "Iterations", "Test questions", "r(Y1)", "r(Y2)")
-    return Table("runs", "Runs", note, columns, [("", rows)], records)
+    return Table("runs", "Runs", note, to_frame(records), columns)
 
 
 def curves_table(systems: Sequence[System]) -> Table:
     """r(Y1), r(Y2) and |D_n| over iterations, means over seeds; its CSV has every run."""
-    titles = TURNS | {"size": "|Dₙ|"}
-    last = max(run.last for system in systems for run in system.runs)
-    groups = []
-    for name, title in titles.items():
-        rows = []
-        for system in systems:
-            curve = {n: fmean(values) for n, values in mean_curve(system.runs, name)}
-            if curve:
-                shown = (f"{curve[n]:.0f}" if name == "size" else f"{curve[n]:.3f}" for n in curve)
-                by_n = dict(zip(curve, shown, strict=True))
-                heading = f"{system.bench}: {system.label}" if system.paper else system.name
-                rows.append([Cell(heading), *(Cell(by_n.get(n, UNKNOWN)) for n in range(last + 1))])
-        groups.append((title, rows))
-    records = [
-        {
-            "source": "paper" if system.paper else "runs",
-            "bench": system.bench,
-            "system": system.label,
-            "run": run.name,
-            "seed": run.seed,
-            "iteration": n,
-            "r1": point.r1,
-            "r2": point.r2,
-            "dataset_size": point.size,
-        }
-        | {key: point.transitions.get(key) for key in TRANSITIONS}
-        for system in systems
-        for run in system.runs
-        for n, point in enumerate(run.points)
-    ]
+    frame = pd.concat({system.name: system.curves for system in systems}).convert_dtypes()
+    titles = TURNS | {"dataset_size": "|Dₙ|"}
+    long = frame.assign(name=frame.index.get_level_values(0)).rename(columns=titles)
+    long = long.melt(["name", "iteration"], list(titles.values()), "metric")
+    means = long.pivot_table("value", ["metric", "name"], "iteration", sort=False).dropna(how="all")
+
+    def mean(row: Row, n: int) -> str:
+        return number(row[n], ".0f" if row["metric"] == titles["dataset_size"] else ".3f")
+
+    iterations = [Column(f"n = {n}", n, partial(mean, n=n)) for n in sorted(means.columns)]
     note = "Means over the seeds that have the iteration."
-    columns = ("System", *(f"n = {n}" for n in range(last + 1)))
-    return Table("curves", "All curves", note, columns, groups, records)
+    columns = (Column("System", "name"), *iterations)
+    return Table("curves", "All curves", note, frame, columns, ("metric",), means.reset_index())
+
+
+# ---------------------------------------------------------------- |D_n| and gain
+
+
+def correlation_table(panels: Sequence[Panel]) -> Table:
+    """The correlation of |D_n| with the gain for kinds of variants, and without each variant in turn."""
+    frame = to_frame(record for panel in panels for record in _correlations(panel))
+
+    def without(row: Row) -> str:
+        others = frame[(frame["panel"] == row["panel"]) & (frame["variants"] == row["variants"])]
+        others = others.dropna(subset="left_out").to_dict("records")
+        return "\n".join(f"{other['left_out']}: {number(other['r'], '.2f')}" for other in others)
+
+    note = (
+        "Pearson's r of |Dₙ| with r(Y2) of Mₙ less that of Mₙ₋₁, over the iterations of all runs, and "
+        "without each variant in turn. Interval: 95 %, bootstrap over whole runs, for the iterations of a "
+        f"run are not independent; none with fewer than {FEWEST_RUNS} runs, and too narrow with few."
+    )
+    columns = (
+        Column("Variants", "variants", detail=lambda row: row["systems"]),
+        Column("Runs", "runs"),
+        Column("Points", "points"),
+        Column("r", "r", ".2f"),
+        Column("95 % interval", "r_low", lambda row: interval(row, "r", ".2f") or UNKNOWN),
+        Column("r without", "left_out", lambda row: "", without),
+    )
+    shown = frame if frame.empty else frame[frame["left_out"].isna()]
+    title = "Correlation of |Dₙ| with the gain"
+    return Table("correlation", title, note, frame, columns, ("panel",), shown)
+
+
+def _correlations(panel: Panel) -> Iterator[dict[str, Any]]:
+    """Those of all variants, and of those with one kind of fine-tuning if there are both."""
+    variants = [system for system in panel.systems if system.variant]
+    evolving, fixed = ([system for system in variants if system.variant[2] == letter] for letter in "EF")
+    kinds = {"all variants": variants}
+    if evolving and fixed:
+        kinds |= {"evolving fine-tuning": evolving, "fixed fine-tuning": fixed}
+    for kind, systems in kinds.items():
+        for left_out in (None, *systems):
+            kept = [system for system in systems if system is not left_out]
+            if found := correlation([run.gains for system in kept for run in system.runs]):
+                yield {
+                    "panel": panel.title,
+                    "variants": kind,
+                    "systems": ", ".join(system.algorithm for system in kept),
+                    "left_out": left_out and left_out.algorithm,
+                    **found._asdict(),
+                }
