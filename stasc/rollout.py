@@ -16,6 +16,9 @@ from stasc.sampling import Draw, Request, Sampler, Sampling
 from stasc.sampling.journal import Journal
 from stasc.trajectory import Answer, Question, Trajectory
 
+Scored = tuple[Draw, str, float]
+"""A draw, its text and its reward."""
+
 _TITLES = {"initial": "initial answers", "correction": "corrections"}
 
 
@@ -30,8 +33,7 @@ class Rollout:
         dialogue: Renders the prompts.
         reward: Scores answers, as they come from the engine.
         seed: Of the run. Every draw follows from it, the stage, the prompt's name, the question and the
-        numbers
-            of the answers before.
+            numbers of the answers before.
         context: Tokens that a prompt and its answer can take together.
     """
 
@@ -74,7 +76,7 @@ class Rollout:
             questions.append(group[0].question)
         title = f"{stage}: {_TITLES.get(turn.prompt, turn.prompt)}"
         scored = self._complete(requests, questions, sampling, title, journal and journal(title))
-        answers: dict[tuple[str, tuple[int, ...]], list[tuple[Draw, str, float]]] = {}
+        answers: dict[tuple[str, tuple[int, ...]], list[Scored]] = {}
         for group, drawn in zip(groups.values(), scored, strict=True):
             for i, trajectory in enumerate(group):
                 share = drawn[i * turn.samples : (i + 1) * turn.samples]
@@ -112,7 +114,7 @@ class Rollout:
         sampling: Sampling,
         title: str,
         journal: Journal | None,
-    ) -> list[list[tuple[Draw, str, float]]]:
+    ) -> list[list[Scored]]:
         """The draws of every request, each with its text and its reward."""
         rank = processes.rank()
         known = processes.from_rank_zero(journal.read(requests) if journal and rank == 0 else {})
@@ -123,7 +125,6 @@ class Rollout:
             if (done := len(known.get(i, ()))) < request.n
         }
         share = list(missing)[rank :: processes.count()]
-        sampled: dict[int, list[Draw]] = {}
         scored = {i: self._score(draws, questions[i]) for i, draws in known.items() if i not in missing}
         mine, tokens = {}, 0
         with tqdm(
@@ -136,11 +137,10 @@ class Rollout:
                 [missing[i] for i in share], sampling, self.dialogue.stop_ids
             ):
                 i = share[at]
-                sampled[i] = [*known.get(i, ()), *draws]
-                # Scored here, while the engine samples on.
-                mine[i] = self._score(sampled[i], questions[i])
+                drawn = [*known.get(i, ()), *draws]
+                mine[i] = self._score(drawn, questions[i])  # here, while the engine samples on
                 if journal:
-                    journal.add(requests[i], sampled[i])
+                    journal.add(requests[i], drawn)
                 tokens += sum(len(draw.token_ids) for draw in draws)
                 bar.update(len(draws))
                 rate = f"{tokens / max(bar.format_dict['elapsed'], 1e-9):,.0f} tokens/s"
@@ -151,7 +151,7 @@ class Rollout:
             scored |= others
         return [scored[i] for i in range(len(requests))]
 
-    def _score(self, draws: Sequence[Draw], question: Question) -> list[tuple[Draw, str, float]]:
+    def _score(self, draws: Sequence[Draw], question: Question) -> list[Scored]:
         scored = []
         for draw in draws:
             text = self.dialogue.decode(draw.token_ids)

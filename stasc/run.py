@@ -142,6 +142,11 @@ class Run:
             UserError: The folder belongs to a run whose results follow from another configuration.
         """
         if self.config.is_file():
+            if not self.system.is_file() and START.reached(self.folder):
+                raise UserError(
+                    f"{self.folder} holds a run of an earlier version of stasc: choose another --run_dir, or "
+                    "remove that folder."
+                )
             before, now = flatten(yaml.safe_load(self.config.read_text(encoding="utf-8"))), flatten(config)
             for option in sorted(before.keys() | now.keys()):
                 old, new = before.get(option), now.get(option)
@@ -151,11 +156,6 @@ class Run:
                         f"{self.folder} holds a run with another --{typed} ({old}, now {new}): "
                         "choose another --run_dir, or remove that folder."
                     )
-            if not self.system.is_file() and START.reached(self.folder):
-                raise UserError(
-                    f"{self.folder} holds a run of an earlier version of stasc: choose another --run_dir, or "
-                    "remove that folder."
-                )
         elif self.folder.is_dir() and any(self.folder.glob("iteration-*")):
             raise UserError(f"{self.folder} holds a run without its config.yaml: choose another --run_dir.")
         write_lines(self.config, yaml.safe_dump(config, sort_keys=False, allow_unicode=True).splitlines())

@@ -42,8 +42,7 @@ class Probe:
 
         Raises:
             UserError: The trainer's log-probabilities are not finite, or the sampler's differ from them by
-            more
-                than rounding explains, so it holds other weights.
+                more than rounding explains, so it holds other weights.
         """
         if not all(map(math.isfinite, itertools.chain(*self.log_probabilities))):
             raise UserError(
