@@ -216,6 +216,7 @@ def run() -> None:
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.. is deprecated.*")
     warnings.filterwarnings("ignore", message=".*has both parameters with requires_grad.*")  # LoRA under FSDP
+    warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # test metrics are those of all processes
     warnings.filterwarnings("ignore", message=".*Detected call of `lr_scheduler.step.*")  # an empty D_n
     disable_progress_bar()  # of transformers, for every load and save of a model
     try:
