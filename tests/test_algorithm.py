@@ -7,7 +7,7 @@ import re
 import pytest
 from conftest import ROOT, answer, corrected
 
-from stasc.algorithm import VARIANTS, Algorithm, Reflexion, SelfRefine, STaR, STaSC, Turn
+from stasc.algorithm import VARIANTS, Reflexion, SelfRefine, STaR, STaSC
 from stasc.errors import UserError
 from stasc.filtering import improves, stays_right
 from stasc.run import START
@@ -125,8 +125,8 @@ def test_only_the_oracle_asks_the_reward_before_it_goes_on():
 
 def test_the_readmes_own_system():
     readme = (ROOT / "README.md").read_text()
-    code = re.search(r"```python\n(class ThirdLook.*?)```", readme, re.DOTALL)[1]
-    scope = {"Algorithm": Algorithm, "Turn": Turn, "improves": improves}
+    code = re.search(r"```python\n(.*?class ThirdLook.*?)```", readme, re.DOTALL)[1]
+    scope: dict = {}
     exec(code, scope)
     system = scope["ThirdLook"](n_init=2)
     assert [turn.prompt for turn in system.turns] == ["initial", "correction", "third_look"]
