@@ -130,6 +130,7 @@ def test_a_run_folder_of_another_config_is_left_alone(refused):
     refused.run_dir.mkdir()
     other = {"algorithm": {"class_path": "stasc.algorithm.STaR", "init_args": {"n_init": 2}}}
     (refused.run_dir / "config.yaml").write_text(yaml.safe_dump(other))
+    (refused.run_dir / "system.json").write_text("{}")
     (refused.run_dir / "iteration-01").mkdir()
     (refused.run_dir / "iteration-01/initial.jsonl").write_text("{}\n")
     assert (
@@ -152,6 +153,7 @@ def test_predict_without_questions_is_refused(refused):
     assert "data.predict is not set" in refused(command="predict")
 
 
+@pytest.mark.slow
 def test_without_a_config_the_message_says_so(stasc):
     process = stasc("fit")
     assert process.returncode == 2
@@ -167,6 +169,7 @@ def test_top_level_help_loads_no_library():
     assert "jsonargparse" not in process.stderr
 
 
+@pytest.mark.slow
 def test_printed_config_is_a_config(stasc, tmp_path):
     first = stasc(
         "fit", "--config", ROOT / "configs/quickstart.yaml", "--algorithm.variant", "FNF", "--print_config"
@@ -179,6 +182,7 @@ def test_printed_config_is_a_config(stasc, tmp_path):
     assert yaml.safe_load(first.stdout)["algorithm"]["init_args"]["variant"] == "FNF"
 
 
+@pytest.mark.slow
 def test_a_model_folder_is_evaluated_and_answers_questions(stasc, tmp_path):
     """validate, test and predict, here on a random model."""
     model = tiny_model(tmp_path / "model")
@@ -203,6 +207,7 @@ def test_a_model_folder_is_evaluated_and_answers_questions(stasc, tmp_path):
     assert answers[0]["initial_answer"] == trajectories[0]["answers"][0]["text"]
 
 
+@pytest.mark.slow
 def test_the_readmes_own_task(stasc, tmp_path):
     """The lines that the README tells a user to write, laid over one of the paper's configs."""
     path = jsonl(tmp_path / "mine.jsonl", *({"question": f"Why {i}?", "answers": ["a"]} for i in range(3)))
@@ -220,6 +225,7 @@ def test_the_readmes_own_task(stasc, tmp_path):
     assert [question["text"] for question in questions] == ["Why 0?", "Why 1?", "Why 2?"]
 
 
+@pytest.mark.slow
 def test_the_program_does_not_need_the_repository_as_working_folder(tmp_path, cache):
     """Run as installed, from elsewhere."""
     process = subprocess.run(

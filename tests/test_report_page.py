@@ -34,6 +34,7 @@ TWO = [("000000", "000000"), ("000000", "100000")]
 # ---------------------------------------------------------------- the folder
 
 
+@pytest.mark.slow
 def test_the_same_runs_give_the_same_bytes(tmp_path):
     folders = [
         make_run(tmp_path / f"runs/{name}-{seed}", THREE_ITERATIONS, name, seed=seed)
