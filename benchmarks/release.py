@@ -42,10 +42,9 @@ class Stages(Experiment):
     def load(self, n: int) -> None:
         """Start an engine with M_n."""
         if not hasattr(self, "rollout"):
-            engine = Bare(
-                self.model_folder(n), self.context, self.config["sampler"]["init_args"]["kv_cache_gib"]
-            )
-            self.rollout = Rollout(engine, self.dialogue, self.reward, self.seed, self.context)
+            cache = self.config["sampler"]["init_args"]["kv_cache_gib"]
+            self.sampler = Bare(self.model_folder(n), self.context, cache)
+            self.rollout = Rollout(self.sampler, self.dialogue, self.reward, self.seed, self.context)
             self.ready = time.perf_counter()
 
     def train(self, n: int) -> float:
