@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
@@ -17,7 +17,7 @@ from stasc.errors import UserError
 from stasc.experiment import Evaluation, Experiment
 from stasc.prompting import Message
 from stasc.reward import InAccuracy, Reward
-from stasc.run import EVALUATION, NEVER, START, TRAINING, FirstUse, write_json, write_lines
+from stasc.run import EVALUATION, NEVER, TRAINING, FirstUses, write_json, write_lines
 from stasc.sampling import Sampling
 from stasc.training.batches import CorrectionBatches
 from stasc.trajectory import Question, Trajectory, to_json
@@ -63,7 +63,7 @@ class TrajectoryDataModule(LightningDataModule):
             ``SUBCOMMAND.jsonl`` in the run folder.
     """
 
-    first_uses: ClassVar[Mapping[str, FirstUse]] = {
+    first_uses: ClassVar[FirstUses] = {
         "test": EVALUATION,
         "evaluation": EVALUATION,
         "training_prompts": TRAINING,
@@ -113,11 +113,6 @@ class TrajectoryDataModule(LightningDataModule):
                 raise UserError(f"data.{name} is not set: give the questions, as data.train has them.")
             questions[name] = source.load(with_references=name != "predict")
         return questions
-
-    @classmethod
-    def first_use(cls, option: str, before: Any, now: Any) -> FirstUse:
-        """From where on it matters that an option is ``now`` what it was not ``before``."""
-        return cls.first_uses.get(option) or cls.first_uses.get(option.partition(".")[0], START)
 
     # Training
 

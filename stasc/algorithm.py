@@ -8,14 +8,14 @@ weights are fine-tuned. ``stasc/experiment.py`` is the loop that asks for them.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, ClassVar, Literal
 
 from stasc.errors import UserError
 from stasc.filtering import improves, pair_all, stays_right
-from stasc.run import EVALUATION, SECOND_TURN, SELECTION, START, TRAINING, FirstUse
+from stasc.run import EVALUATION, SECOND_TURN, SELECTION, TRAINING, FirstUses, more_iterations
 from stasc.trajectory import Example, Trajectory
 
 Variant = Literal["FIF", "FIE", "FNF", "FNE", "EIF", "EIE", "ENF", "ENE"]
@@ -69,7 +69,8 @@ class Algorithm(ABC):
     uses_references: ClassVar[bool] = False
     """Whether it sees the references at inference, so that its rewards are an upper bound."""
 
-    first_uses: ClassVar[Mapping[str, FirstUse]] = {
+    first_uses: ClassVar[FirstUses] = {
+        "iterations": more_iterations,
         "n_corr": SECOND_TURN,
         "threshold": SECOND_TURN,
         "rounds": EVALUATION,
@@ -144,12 +145,6 @@ class Algorithm(ABC):
         """Whether the last answer of a trajectory is wrong."""
         return not self.right(trajectory.reward(trajectory.turn))
 
-    def first_use(self, option: str, before: Any, now: Any) -> FirstUse:
-        """From where on it matters that an option of ``__init__`` is ``now`` what it was not ``before``."""
-        if option == "iterations" and isinstance(before, int) and isinstance(now, int):
-            return FirstUse(f"iteration-{min(before, now) + 1:02d}")  # more of them continue a run
-        return self.first_uses.get(option, START)
-
 
 class STaSC(Algorithm):
     """Self-Taught Self-Correction, in its eight variants (section 2.2). Variant FIE is Self-Correction (SC).
@@ -167,7 +162,7 @@ class STaSC(Algorithm):
         **common: Those of ``Algorithm``.
     """
 
-    first_uses: ClassVar[Mapping[str, FirstUse]] = {
+    first_uses: ClassVar[FirstUses] = {
         **Algorithm.first_uses,
         "variant": SELECTION,
         "pair_all": SELECTION,

@@ -27,7 +27,7 @@ from stasc.errors import UserError
 from stasc.experiment import Experiment
 from stasc.model_folder import ModelFolder
 from stasc.prompting import Dialogue
-from stasc.run import NEVER, START, TRAINING, FirstUse, Run, SystemRecord, flatten
+from stasc.run import NEVER, START, TRAINING, FirstUse, Run, SystemRecord, first_use, flatten
 from stasc.sampling import Sampler, VLLMSampler
 from stasc.training.module import CorrectionSFT
 
@@ -194,7 +194,7 @@ class STaSCCLI(LightningCLI):
         }
         if group in parts:
             name = name.removeprefix("init_args.")
-            return START if name == "class_path" else parts[group].first_use(name, before, now)
+            return START if name == "class_path" else first_use(parts[group].first_uses, name, before, now)
         if group == "trainer":
             return TRAINING if name.startswith(_TRAINER_OPTIONS_THAT_TRAIN) else NEVER
         return START if option == "seed_everything" else NEVER

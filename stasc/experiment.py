@@ -172,7 +172,8 @@ class Experiment:
     def predict(self) -> Sequence[Trajectory]:
         """Answers and corrections of M_0 to the ``predict`` questions, without files."""
         turns = self.algorithm.test_turns(1)[:2]
-        return self._ask(0, unanswered(self.questions["predict"]), turns, self.evaluation.sampling, "predict")
+        questions, sampling = unanswered(self.questions["predict"]), self.evaluation.sampling
+        return self._ask(0, questions, turns, sampling, "predict", journal=False)
 
     def missing(self, path: Path) -> bool:
         """Whether a file is still to be made; rank 0 looks, so that all processes agree."""
@@ -199,6 +200,7 @@ class Experiment:
         """
         first, *later = turns or self.algorithm.test_turns(self.evaluation.samples)
         sampling = sampling or self.evaluation.sampling
+        ask = partial(self._ask, journal=file is not None)
 
         def stage(number: int, make: Callable[[], Sequence[Trajectory]]) -> Sequence[Trajectory]:
             return self._stage(file(self.run.iteration(n), number), make) if file else make()
@@ -207,14 +209,14 @@ class Experiment:
             m = self.algorithm.test_initial_model(n)
             if m == n or file is None:
                 questions = unanswered(self.questions["test"])
-                answers = self._ask(n, questions, [first], sampling, name)
+                answers = ask(n, questions, [first], sampling, name)
             else:
                 answers = [trajectory.upto(1) for trajectory in Records(file(self.run.iteration(m), 2))]
-            return self._ask(n, answers, later[:1], sampling, name, 2)
+            return ask(n, answers, later[:1], sampling, name, 2)
 
         rounds = [stage(2, first_two_turns)]
         for number, turn in enumerate(later[1:], start=3):
-            rounds.append(stage(number, partial(self._ask, n, rounds[-1], [turn], sampling, name, number)))
+            rounds.append(stage(number, partial(ask, n, rounds[-1], [turn], sampling, name, number)))
         return rounds
 
     def _test_greedily(
@@ -241,6 +243,8 @@ class Experiment:
         sampling: Sampling,
         stage: str,
         first: int = 1,
+        *,
+        journal: bool = True,
     ) -> Sequence[Trajectory]:
         """Have M_n take some turns, the number of the first of which is ``first``."""
         self.load(n)
@@ -248,8 +252,8 @@ class Experiment:
         for number, turn in enumerate(turns, start=first):
             # A draw's seed follows from the name of its stage, so a third turn needs one that differs.
             name = stage if number <= 2 else f"{stage}, round {number - 1}"
-            journal = partial(self._journal, n, sampling) if stage not in ("test", "predict") else None
-            trajectories = self.rollout.ask(trajectories, turn, sampling, name, journal)
+            make_journal = partial(self._journal, n, sampling) if journal else None
+            trajectories = self.rollout.ask(trajectories, turn, sampling, name, make_journal)
         return trajectories
 
     def load(self, n: int) -> None:

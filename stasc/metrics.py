@@ -90,13 +90,17 @@ def correction_metrics(trajectories: Iterable[Trajectory]) -> dict[str, float]:
     metrics = {"delta": fmean(differences), "delta_p": paired_test(differences).p}
     if len(groups) > 1:
         metrics["delta_se"] = standard_error(differences)
-    pairs = [[t.after(turn).text.split() for turn in (1, 2)] for group in groups for t in group if t.turn > 1]
-    changes = [1 - SequenceMatcher(None, a, b, autojunk=False).ratio() for a, b in pairs if a != b]
-    if pairs:
-        metrics["repeated"] = 1 - len(changes) / len(pairs)
-    if changes:
-        metrics["edited"] = fmean(changes)
+    corrections = [t for group in groups for t in group if t.turn > 1]
+    if corrections:
+        metrics["repeated"] = fmean(t.repeats for t in corrections)
+    if edits := [_edit(t) for t in corrections if not t.repeats]:
+        metrics["edited"] = fmean(edits)
     return metrics
+
+
+def _edit(trajectory: Trajectory) -> float:
+    words = (trajectory.after(turn).text.split() for turn in (1, 2))
+    return 1 - SequenceMatcher(None, *words, autojunk=False).ratio()
 
 
 def why_empty(trajectories: Iterable[Trajectory], threshold: float) -> str:
@@ -106,8 +110,7 @@ def why_empty(trajectories: Iterable[Trajectory], threshold: float) -> str:
         initial[trajectory.question.id, trajectory.path[:1]] = trajectory.reward(1) >= threshold
         if trajectory.turn > 1:
             corrections += 1
-            texts = (trajectory.after(turn).text.split() for turn in (1, 2))
-            changed += len(set(map(tuple, texts))) > 1
+            changed += not trajectory.repeats
             improving += trajectory.reward(2) > trajectory.reward(1)
     return (
         f"{sum(initial.values())} of {len(initial)} initial answers were right, {changed} of {corrections} "

@@ -143,8 +143,6 @@ class Dialogue:
 
     def example(self, example: Example) -> tuple[list[int], list[int]]:
         """The prompt's ids, which carry no loss, and the answer's, which do."""
-        if example.prompt not in self.prompts:
-            raise UserError(f"data.prompts has no {example.prompt}: the algorithm learns answers to it.")
         (prompt,) = self.ask(example.prompt, [example.trajectory.upto(example.turn - 1)])
         return prompt, self.target(example.answer)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +42,25 @@ SECOND_TURN = FirstUse("iteration-01/trajectories.jsonl", "iteration-00/test*.js
 SELECTION = FirstUse("iteration-01/dataset.jsonl")
 EVALUATION = FirstUse("iteration-00/test*.jsonl")
 TRAINING = FirstUse("iteration-01/training.json", "checkpoints/last.ckpt")
+
+
+def more_iterations(before: int | None, now: int | None) -> FirstUse:
+    """The first use of a changed number of iterations: more of them continue a run."""
+    return START if before is None or now is None else FirstUse(f"iteration-{min(before, now) + 1:02d}")
+
+
+FirstUses = Mapping[str, FirstUse | Callable[[Any, Any], FirstUse]]
+"""First uses of a part's options by name, or functions of the values before and now that give them."""
+
+
+def first_use(first_uses: FirstUses, option: str, before: Any, now: Any) -> FirstUse:
+    """From where on it matters that an option is ``now`` what it was not ``before``.
+
+    Options that ``first_uses`` does not have are those of their group (``lora.r`` those of ``lora``), else
+    START.
+    """
+    found = first_uses.get(option) or first_uses.get(option.partition(".")[0], START)
+    return found if isinstance(found, FirstUse) else found(before, now)
 
 
 @dataclass(frozen=True)

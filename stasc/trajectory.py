@@ -80,6 +80,11 @@ class Trajectory:
         """The reward of the answer that stands after so many turns."""
         return self.after(turn).reward
 
+    @property
+    def repeats(self) -> bool:
+        """Whether the second answer has the same words as the first."""
+        return self.after(1).text.split() == self.after(2).text.split()
+
     def upto(self, turn: int) -> Trajectory:
         """The first so many answers of the chain."""
         return Trajectory(self.question, self.answers[:turn])

@@ -10,7 +10,7 @@ from conftest import ROOT, answer, corrected
 from stasc.algorithm import VARIANTS, Reflexion, SelfRefine, STaR, STaSC
 from stasc.errors import UserError
 from stasc.filtering import improves, stays_right
-from stasc.run import START
+from stasc.run import START, first_use
 from stasc.trajectory import Question, Trajectory
 
 QUESTION = Question("q1", "Where?", ("France",))
@@ -138,8 +138,8 @@ def test_the_readmes_own_system():
 
 
 def test_more_iterations_matter_after_those_that_are_done():
-    algorithm = STaSC()
-    assert algorithm.first_use("iterations", 2, 5).files == ("iteration-03",)
-    assert algorithm.first_use("iterations", 5, 2).files == ("iteration-03",)
-    assert algorithm.first_use("n_init", 1, 2) is START
-    assert algorithm.first_use("an option of a user's system", 1, 2) is START
+    for before, now in ((2, 5), (5, 2)):
+        assert first_use(STaSC.first_uses, "iterations", before, now).files == ("iteration-03",)
+    assert first_use(STaSC.first_uses, "iterations", 2, None) is START
+    assert first_use(STaSC.first_uses, "n_init", 1, 2) is START
+    assert first_use(STaSC.first_uses, "an option of a user's system", 1, 2) is START

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from stasc.algorithm import STaSC
 from stasc.errors import UserError
 from stasc.run import (
     NEVER,
@@ -12,6 +13,7 @@ from stasc.run import (
     FirstUse,
     Run,
     SystemRecord,
+    first_use,
     write_folder,
     write_json,
     write_lines,
@@ -26,14 +28,14 @@ def config(variant: str = "EIE", iterations: int = 2, **others: Any) -> dict[str
     return {"algorithm": algorithm, "trainer": {"devices": 1}, "run_dir": "a", **others}
 
 
-def first_use(option: str, before: Any, now: Any) -> FirstUse:
+def use(option: str, before: Any, now: Any) -> FirstUse:
     if option in ("run_dir", "trainer.devices"):
         return NEVER
     return TRAINING if option == "rate" else START
 
 
 def claim(run: Run, configuration: dict[str, Any]) -> None:
-    run.claim(configuration, SYSTEM, first_use)
+    run.claim(configuration, SYSTEM, use)
 
 
 def test_what_is_interrupted_leaves_the_old_file_and_no_folder(tmp_path):
@@ -69,6 +71,22 @@ def test_a_run_goes_on_with_whatever_has_no_part_in_its_results(tmp_path):
     claim(run, config())
     claim(run, config(trainer={"devices": 2}, run_dir="moved"))
     assert run.read_system() == SYSTEM
+
+
+def test_more_iterations_continue_a_run_and_fewer_than_it_has_do_not(tmp_path):
+    run = Run(tmp_path)
+
+    def uses(option: str, before: Any, now: Any) -> FirstUse:
+        return first_use(STaSC.first_uses, option.removeprefix("algorithm.init_args."), before, now)
+
+    run.claim(config(), SYSTEM, uses)
+    write_json(run.iteration(1).training, {})
+    run.claim(config(iterations=3), SYSTEM, uses)
+    run.claim(config(iterations=1), SYSTEM, uses)
+    run.claim(config(iterations=3), SYSTEM, uses)
+    write_json(run.iteration(2).training, {})
+    with pytest.raises(UserError, match=r"another --algorithm\.iterations \(3, now 1\)"):
+        run.claim(config(iterations=1), SYSTEM, uses)
 
 
 def test_an_option_may_change_until_the_first_file_that_follows_from_it(tmp_path):

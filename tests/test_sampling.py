@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwe
 
 import stasc
 from stasc.errors import UserError
-from stasc.run import NEVER, START
+from stasc.run import NEVER, START, first_use
 from stasc.sampling import Draw, Request, Sampler, Sampling, TransformersSampler, VLLMSampler
 from stasc.sampling import vllm as vllm_module
 
@@ -506,8 +506,8 @@ def test_options_that_never_change_draws():
         TransformersSampler(): ("batch_size",),
     }
     for sampler, names in options.items():
-        assert all(sampler.first_use(name, 1, 2) is NEVER for name in names)
-        assert sampler.first_use("another", 1, 2) is START
+        assert all(first_use(sampler.first_uses, name, 1, 2) is NEVER for name in names)
+        assert first_use(sampler.first_uses, "another", 1, 2) is START
 
 
 def test_the_example_of_a_custom_sampler():

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from stasc.prompting import Dialogue, Message
-from stasc.run import NEVER, START, TRAINING
+from stasc.run import NEVER, START, TRAINING, first_use
 from stasc.training.batches import CorrectionBatches, TokenizedExample
 from stasc.training.loss import NegativeLogLikelihood
 from stasc.training.module import CorrectionSFT, CosineWithWarmup
@@ -322,8 +322,8 @@ def test_metrics_are_logged_as_they_come(folder, tmp_path, loop):
 def test_options_matter_from_their_first_use(folder):
     module = CorrectionSFT(str(folder))
     for option in ("learning_rate", "weight_decay", "warmup_ratio", "lora", "lora.r", "lora.target_modules"):
-        assert module.first_use(option, 1, 2) is TRAINING
+        assert first_use(module.first_uses, option, 1, 2) is TRAINING
     for option in ("gradient_checkpointing", "attention"):
-        assert module.first_use(option, 1, 2) is NEVER
+        assert first_use(module.first_uses, option, 1, 2) is NEVER
     for option in ("base", "an_option_of_a_subclass"):
-        assert module.first_use(option, 1, 2) is START
+        assert first_use(module.first_uses, option, 1, 2) is START

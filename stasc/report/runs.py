@@ -135,7 +135,7 @@ def _point(run: Run, n: int) -> tuple[Point, frozenset[Question]]:
     for trajectory in trajectories(test):
         samples[trajectory.question].append((trajectory.reward(1), trajectory.reward(2)))
         if trajectory.turn > 1:
-            repeats.append(trajectory.after(1).text.split() == trajectory.after(2).text.split())
+            repeats.append(trajectory.repeats)
     point = Point(
         r1=_number(metrics, "test.r1", path),
         r2=_number(metrics, "test.r2", path),

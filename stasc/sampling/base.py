@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 
 from stasc.errors import UserError
-from stasc.run import START, FirstUse
+from stasc.run import FirstUses
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Sampler(ABC):
                 pass
     """
 
-    first_uses: ClassVar[Mapping[str, FirstUse]] = {}
+    first_uses: ClassVar[FirstUses] = {}
     """For each option of ``__init__``, the first files that depend on it; START for options not listed."""
 
     prefix_hits: float | None = None
@@ -114,10 +114,6 @@ class Sampler(ABC):
         if self._dtype is not None:
             parts.append(str(self._dtype).removeprefix("torch."))
         return " ".join(parts)
-
-    def first_use(self, option: str, before: Any, now: Any) -> FirstUse:
-        """The first files affected by a change of an ``__init__`` option from ``before`` to ``now``."""
-        return self.first_uses.get(option, START)
 
     @abstractmethod
     def start(self, model: Path, *, device: torch.device, context: int, log: Path) -> None:

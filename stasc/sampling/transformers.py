@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -20,7 +20,7 @@ from transformers import (
 
 from stasc.errors import UserError
 from stasc.model_folder import ModelFolder
-from stasc.run import NEVER, FirstUse
+from stasc.run import NEVER, FirstUses
 from stasc.sampling.base import Draw, Request, Sampler, Sampling, check_requests, check_sequences
 
 
@@ -33,7 +33,7 @@ class TransformersSampler(Sampler):
         batch_size: Number of completions generated at the same time.
     """
 
-    first_uses: ClassVar[Mapping[str, FirstUse]] = {"batch_size": NEVER}
+    first_uses: ClassVar[FirstUses] = {"batch_size": NEVER}
 
     def __init__(self, batch_size: int = 64) -> None:
         if batch_size < 1:

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from multiprocessing import Pipe
@@ -24,7 +24,7 @@ import torch
 
 from stasc.errors import UserError
 from stasc.model_folder import ModelFolder
-from stasc.run import NEVER, FirstUse
+from stasc.run import NEVER, FirstUses
 from stasc.sampling.base import Draw, Request, Sampler, Sampling, check_requests, check_sequences
 
 _logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class VLLMSampler(Sampler):
             a CUDA device of compute capability 8.0 or more. Without it some draws depend on the batch.
     """
 
-    first_uses: ClassVar[Mapping[str, FirstUse]] = {
+    first_uses: ClassVar[FirstUses] = {
         "kv_cache_gib": NEVER,
         "log_level": NEVER,
         "batch_invariant": NEVER,

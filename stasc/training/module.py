@@ -18,7 +18,7 @@ from torchmetrics import MeanMetric
 
 from stasc.errors import UserError
 from stasc.model_folder import ModelFolder
-from stasc.run import NEVER, START, TRAINING, FirstUse
+from stasc.run import NEVER, START, TRAINING, FirstUses
 from stasc.training.batches import Batch
 from stasc.training.lora import LoRA
 from stasc.training.loss import NegativeLogLikelihood
@@ -77,7 +77,7 @@ class CorrectionSFT(LightningModule):
         UserError: A value is out of its range.
     """
 
-    first_uses: ClassVar[Mapping[str, FirstUse]] = {
+    first_uses: ClassVar[FirstUses] = {
         "base": START,
         "learning_rate": TRAINING,
         "weight_decay": TRAINING,
@@ -136,16 +136,6 @@ class CorrectionSFT(LightningModule):
             raise UserError("model.attention is flex, which cannot train on a CPU: set it to auto.")
         if self.lora:
             self.lora.add_to(empty_model(ModelFolder.locate(self.base).path))
-
-    def first_use(self, option: str, before: Any, now: Any) -> FirstUse:
-        """From where on it matters that an option of ``__init__`` is ``now`` what it was not ``before``.
-
-        Args:
-            option: Its name; options inside ``lora`` are dotted, as ``lora.r``.
-            before: Its value so far.
-            now: Its new value.
-        """
-        return self.first_uses.get(option, self.first_uses.get(option.partition(".")[0], START))
 
     def configure_model(self) -> None:
         """Load M_0 if this is training; all else samples with an engine and needs no model here."""
