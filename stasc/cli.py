@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import yaml
-from jsonargparse import ArgumentError
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -53,11 +53,41 @@ _TRAINER_OPTIONS_THAT_TRAIN = (
 """Lightning's options that have a part in what is learnt; the others say where and how it is."""
 
 
+class ConfigFile(ActionConfigFile):
+    """A config whose parts of ``data`` keep their own defaults.
+
+    jsonargparse gives a part of another class the arguments of the part before it, as far as it takes them.
+    That is right for an algorithm, which goes on with N_init and N_corr, and wrong for questions and a
+    reward: those of another task have their own.
+    """
+
+    @staticmethod
+    def apply_config(parser: ArgumentParser, cfg: Namespace, dest: str, value: str) -> None:
+        """Lay the config over ``cfg``."""
+        try:
+            config = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
+            parts = config.get("data", {}).items()
+        except (OSError, ValueError, AttributeError, yaml.YAMLError):
+            parts = ()  # said below, by the parser
+        for name, part in parts:
+            class_path = part.get("class_path") if isinstance(part, dict) else part
+            before = cfg.get(f"data.{name}")
+            if isinstance(before, Namespace) and before.get("class_path") not in (None, class_path):
+                cfg[f"data.{name}"] = None
+        ActionConfigFile.apply_config(parser, cfg, dest, value)
+
+
 class STaSCCLI(LightningCLI):
     """LightningCLI with the groups ``algorithm`` and ``sampler``, and ``run_dir`` and ``reuse``."""
 
     datamodule: TrajectoryDataModule
     model: CorrectionSFT
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """The parser of a subcommand, whose configs are ``ConfigFile``s."""
+        parser = LightningArgumentParser(**kwargs)
+        parser.add_argument("-c", "--config", action=ConfigFile, help="A YAML file; later ones go on top.")
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The options beside those of the trainer, the model and the data."""
