@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from transformers.utils.logging import disable_progress_bar
 
 from callbacks import Curves, Evaluation, IterationProgressBar, OuterLoop
-from data import TrajectoryDataModule, demo
+from data import TrajectoryDataModule, demo, smollm2
 from stasc.algorithm import Algorithm, STaSC
 from stasc.errors import UserError
 from stasc.experiment import Experiment
@@ -31,8 +31,8 @@ from stasc.run import NEVER, START, TRAINING, FirstUse, Run, SystemRecord, first
 from stasc.sampling import Sampler, VLLMSampler
 from stasc.training.module import CorrectionSFT
 
-DEMO = "demo"
-"""The name of the embedded task's own M_0, which is made on the spot."""
+MADE_HERE = {"demo": demo.base_model, "smollm2-135m": smollm2.base_model}
+"""Names that ``model.base`` may have for a model that is made on the spot, and what makes it."""
 
 RENAMED = {
     "batch_size": "batches.size",
@@ -102,7 +102,7 @@ class STaSCCLI(LightningCLI):
         parser.add_subclass_arguments(Sampler, "sampler", default=_class_path(VLLMSampler))
 
     def before_instantiate_classes(self) -> None:
-        """Check the trainer's options; make the demo's M_0 if that is the model."""
+        """Check the trainer's options; make M_0 if it is one that is made here."""
         config = self.config[self.subcommand]
         if config.trainer.precision in ("bf16-true", "16-true"):
             raise UserError(
@@ -124,8 +124,8 @@ class STaSCCLI(LightningCLI):
         dumped = self.parser.dump(self.config, skip_unset=False)
         self.saved_config = yaml.safe_load(dumped)[self.subcommand]
         self.saved_config.pop("config", None)
-        if config.model.base == DEMO:
-            config.model.base = str(demo.base_model())
+        if make := MADE_HERE.get(config.model.base):
+            config.model.base = str(make())
 
     def instantiate_classes(self) -> None:
         """Let through the sentence of a part that can be null, which jsonargparse puts into its own."""
