@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import yaml
-from jsonargparse import ArgumentError
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -22,7 +22,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from transformers.utils.logging import disable_progress_bar
 
 from callbacks import Curves, Evaluation, IterationProgressBar, OuterLoop
-from data import TrajectoryDataModule, demo
+from data import TrajectoryDataModule, demo, smollm2
 from stasc.algorithm import Algorithm, STaSC
 from stasc.errors import UserError
 from stasc.experiment import Experiment
@@ -32,8 +32,8 @@ from stasc.run import NEVER, START, TRAINING, FirstUse, Run, SystemRecord, first
 from stasc.sampling import Sampler, VLLMSampler
 from stasc.training.module import CorrectionSFT
 
-DEMO = "demo"
-"""The name of the embedded task's own M_0, which is made on the spot."""
+MADE_HERE = {"demo": demo.base_model, "smollm2-135m": smollm2.base_model}
+"""Names that ``model.base`` may have for a model that is made on the spot, and what makes it."""
 
 RENAMED = {
     "batch_size": "batches.size",
@@ -54,11 +54,41 @@ _TRAINER_OPTIONS_THAT_TRAIN = (
 """Lightning's options that have a part in what is learnt; the others say where and how it is."""
 
 
+class ConfigFile(ActionConfigFile):
+    """A config whose parts of ``data`` keep their own defaults.
+
+    jsonargparse gives a part of another class the arguments of the part before it, as far as it takes them.
+    That is right for an algorithm, which goes on with N_init and N_corr, and wrong for questions and a
+    reward: those of another task have their own.
+    """
+
+    @staticmethod
+    def apply_config(parser: ArgumentParser, cfg: Namespace, dest: str, value: str) -> None:
+        """Lay the config over ``cfg``."""
+        try:
+            config = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
+            parts = config.get("data", {}).items()
+        except (OSError, ValueError, AttributeError, yaml.YAMLError):
+            parts = ()  # said below, by the parser
+        for name, part in parts:
+            class_path = part.get("class_path") if isinstance(part, dict) else part
+            before = cfg.get(f"data.{name}")
+            if isinstance(before, Namespace) and before.get("class_path") not in (None, class_path):
+                cfg[f"data.{name}"] = None
+        ActionConfigFile.apply_config(parser, cfg, dest, value)
+
+
 class STaSCCLI(LightningCLI):
     """LightningCLI with the groups ``algorithm`` and ``sampler``, and ``run_dir`` and ``reuse``."""
 
     datamodule: TrajectoryDataModule
     model: CorrectionSFT
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """The parser of a subcommand, whose configs are ``ConfigFile``s."""
+        parser = LightningArgumentParser(**kwargs)
+        parser.add_argument("-c", "--config", action=ConfigFile, help="A YAML file; later ones go on top.")
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The options beside those of the trainer, the model and the data."""
@@ -73,7 +103,7 @@ class STaSCCLI(LightningCLI):
         parser.add_subclass_arguments(Sampler, "sampler", default=_class_path(VLLMSampler))
 
     def before_instantiate_classes(self) -> None:
-        """Check the trainer's options; make the demo's M_0 if that is the model."""
+        """Check the trainer's options; make M_0 if it is one that is made here."""
         config = self.config[self.subcommand]
         if config.trainer.precision in ("bf16-true", "16-true"):
             raise UserError(
@@ -95,8 +125,8 @@ class STaSCCLI(LightningCLI):
         dumped = self.parser.dump(self.config, skip_unset=False)
         self.saved_config = yaml.safe_load(dumped)[self.subcommand]
         self.saved_config.pop("config", None)
-        if config.model.base == DEMO:
-            config.model.base = str(demo.base_model())
+        if make := MADE_HERE.get(config.model.base):
+            config.model.base = str(make())
 
     def instantiate_classes(self) -> None:
         """Let through the sentence of a part that can be null, which jsonargparse puts into its own."""
