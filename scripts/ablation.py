@@ -34,7 +34,7 @@ def parser(description: str, out: str) -> argparse.ArgumentParser:
         "--config",
         nargs="+",
         action="append",
-        type=file,
+        type=_file,
         required=True,
         metavar="FILE",
         default=argparse.SUPPRESS,
@@ -56,8 +56,7 @@ def parser(description: str, out: str) -> argparse.ArgumentParser:
     return options
 
 
-def file(name: str) -> str:
-    """The type of command-line options that name an existing file."""
+def _file(name: str) -> str:
     if not Path(name).is_file():
         raise argparse.ArgumentTypeError(f"there is no file {name}")
     return name
@@ -142,7 +141,7 @@ class Job:
             return False
         if not (self.log.is_file() and last.metrics.is_file()):
             return False
-        edited = max(Path(config).stat().st_mtime for config in self.configs)
+        edited = max((Path(config).stat().st_mtime for config in self.configs), default=0.0)
         with self.log.open(encoding="utf-8") as lines:
             return lines.readline() == f"{shlex.join(self.command)}\n" and edited < self.log.stat().st_mtime
 
