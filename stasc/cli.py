@@ -155,6 +155,7 @@ class STaSCCLI(LightningCLI):
             sampler=config.sampler,
             dialogue=Dialogue(tokenizer, data.prompts, generation_config),
             training_dialogue=Dialogue(tokenizer, data.training_prompts or data.prompts, generation_config),
+            answer=data.answer,
             reward=data.reward,
             questions=questions,
             sampling=data.sampling,
@@ -249,7 +250,12 @@ def run() -> None:
 
 
 def _renamed(refusal: str) -> str | None:
-    """A sentence for a refused option that has another name now; None if it is none of those."""
+    """A sentence for a refused option that has another name or place now; None if it is none of those."""
+    if re.search(r"data\.reward.*'marker' is not accepted", refusal):
+        return (
+            "rewards have no marker any more: set data.answer to stasc.answers.AfterMarker with that marker, "
+            "which holds for every reward."
+        )
     for old, new in RENAMED.items():
         if re.search(rf"\b{old}\b", refusal):
             return f"data.{old} is called data.{new} now: change it in the config or on the command line."
