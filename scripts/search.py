@@ -39,6 +39,7 @@ except ImportError:
     sys.exit("the search needs Optuna, which is not installed: pip install 'stasc[search]'")
 
 SELDOM = ("--data.evaluation.test_every", "1000000")  # the test questions have no part in a search
+ASKED = 20  # so many values for each trial, at most, of which those that were tried before are left out
 
 
 def read_space(path: Path) -> dict[str, list[str] | dict[str, Any]]:
@@ -113,33 +114,41 @@ class Search:
         for trial in self.study.get_trials(states=[TrialState.RUNNING]):
             self._seed(trial.number)
             self._run(Trial(self.study, trial._trial_id), signals_received)  # as `ask` made it
-        while (number := len(self.study.trials)) < self.arguments.trials and not signals_received:
+        while len(self._trials()) < self.arguments.trials and not signals_received:
+            if (number := len(self.study.trials)) >= ASKED * self.arguments.trials:
+                print("the space has hardly any other values: all that were found have been tried")
+                return
             self._seed(number)
             self._run(self.study.ask(), signals_received)
 
+    def _trials(self) -> list[FrozenTrial]:
+        """All but those that would have repeated another."""
+        return [trial for trial in self.study.trials if "repeats" not in trial.user_attrs]
+
     def _seed(self, number: int) -> None:
-        """Each trial has its own seed: after a restart it is chosen as it would have been without."""
+        """Set what chooses a trial: it has its own seed, so that a restart changes no choice."""
         seed = random.Random(f"{self.arguments.seed_everything}, trial {number}").getrandbits(32)
-        self.study.sampler = optuna.samplers.TPESampler(n_startup_trials=self.arguments.startup, seed=seed)
+        samplers = optuna.samplers
+        if number and "repeats" in self.study.trials[number - 1].user_attrs:  # it would insist on that
+            self.study.sampler = samplers.RandomSampler(seed)
+        else:
+            self.study.sampler = samplers.TPESampler(n_startup_trials=self.arguments.startup, seed=seed)
 
     def _run(self, trial: Trial, signals_received: Sequence[int]) -> None:
         choose(trial, self.space)
+        for other in self.study.trials[: trial.number]:
+            if other.params == trial.params:
+                trial.set_user_attr("repeats", other.number)
+                self.study.tell(trial, state=TrialState.FAIL)  # so that it counts for nothing
+                return
         name, start = f"trial-{trial.number:03d}", time.monotonic()
         print(f"{name}: {shlex.join(typed(trial.params))}", flush=True)
-        done = self.study.get_trials(states=[TrialState.COMPLETE, TrialState.PRUNED])
-        if twin := next((other for other in done if other.params == trial.params), None):
-            trial.set_user_attr("same_as", twin.user_attrs.get("same_as", twin.number))
-            for n, value in twin.intermediate_values.items():
-                trial.report(value, n)
-            state = twin.state
-        else:
-            state = self._follow(trial, signals_received)
+        state = self._follow(trial, signals_received)
         if state is not None:
             complete = state is TrialState.COMPLETE
             value = self._evaluations(trial)[-1][self.arguments.objective] if complete else None
-            told = self.study.tell(trial, value, state)
-            seconds = time.monotonic() - start
-            print(f"{name}: {self._outcome(told)} after {seconds:.0f} s", flush=True)
+            outcome = self._outcome(self.study.tell(trial, value, state))
+            print(f"{name}: {outcome} after {time.monotonic() - start:.0f} s", flush=True)
             self.write_tables()
 
     def _follow(self, trial: Trial, signals_received: Sequence[int]) -> TrialState | None:
@@ -169,10 +178,9 @@ class Search:
         return None
 
     def _job(self, trial: Trial | FrozenTrial) -> ablation.Job:
-        out, number = self.arguments.out, trial.user_attrs.get("same_as", trial.number)
+        out, seed = self.arguments.out, self.arguments.seed_everything
         options = (*SELDOM, *self.options, *typed(trial.params))
-        seed = self.arguments.seed_everything
-        return ablation.Job.of(out / f"trial-{number:03d}", out, (), options, seed, reuse=out)
+        return ablation.Job.of(out / f"trial-{trial.number:03d}", out, (), options, seed, reuse=out)
 
     def _evaluations(self, trial: Trial | FrozenTrial) -> list[dict[str, float]]:
         """Metrics on the validation questions of M_0, M_1 and so on, until where it was pruned."""
@@ -186,14 +194,13 @@ class Search:
         if trial.state is TrialState.FAIL:
             return f"failed: {self._job(trial).last_line()}"
         word = {TrialState.PRUNED: f"pruned at {trial.last_step}", TrialState.RUNNING: "under way"}
-        same = f", as {trial.user_attrs['same_as']}" if "same_as" in trial.user_attrs else ""
-        return word.get(trial.state, "complete") + same
+        return word.get(trial.state, "complete")
 
     def write_tables(self) -> str:
         """Write ``search.csv`` and ``search.md``, the best trial first, and return the text of the latter."""
         objective, out, rows = self.arguments.objective, self.arguments.out, []
         order = [TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING, TrialState.FAIL]
-        trials = sorted(self.study.trials, key=lambda trial: (order.index(trial.state), -(trial.value or 0)))
+        trials = sorted(self._trials(), key=lambda trial: (order.index(trial.state), -(trial.value or 0)))
         for trial in trials:
             row = {"trial": trial.number, "outcome": self._outcome(trial), **trial.params}
             if found := self._evaluations(trial):

@@ -72,9 +72,9 @@ def validation(run: Path, n: int) -> dict[str, float]:
     return json.loads((run / f"iteration-{n:02d}/metrics.json").read_text())["validation"]
 
 
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+def wait_for(pattern: Path, process: subprocess.Popen[str], count: int = 1) -> None:
     deadline = time.monotonic() + 300
-    while not path.exists():
+    while len(list(pattern.parents[2].glob(str(pattern.relative_to(pattern.parents[2]))))) < count:
         assert process.poll() is None, process.stdout.read()
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -156,54 +156,56 @@ def test_without_optuna(tmp_path):
 
 @pytest.mark.slow
 def test_a_search_goes_on_after_a_kill_prunes_and_ends_in_a_table(script, start, tmp_path):
-    # A learning rate of 0 teaches nothing, and one of 1 destroys the model.
-    space = space_file(tmp_path, "model.learning_rate: [2.5e-4, 0.0, 1.0]\nalgorithm.n_corr: [1, 2]\n")
+    # One learning rate teaches nothing, the other destroys the model. The seed tries the first one first.
+    space = space_file(tmp_path, "model.learning_rate: [1e-9, 1.0]\nalgorithm.n_corr: [1, 2]\n")
     out = tmp_path / "out"
-    command = (*VALIDATED, "--space", space, "--out", out, "--startup", 1, "--trials", 4)
+    command = (*VALIDATED, "--space", space, "--out", out, "--seed_everything", 1, "--startup", 1, "--trials")
 
-    killed = start(*command)
+    killed = start(*command, 3)
     wait_for(out / "trial-000/iteration-01/model", killed)
     killed.kill()  # leaves its run behind
     killed.wait()
-    interrupted = start(*command)
-    wait_for(out / "trial-001/iteration-01/model", interrupted)
-    assert not (out / "trial-001/iteration-02/metrics.json").exists()
+    interrupted = start(*command, 3)
+    wait_for(out / "trial-*/iteration-01/model", interrupted, count=2)
     interrupted.send_signal(signal.SIGINT)
     output, _ = interrupted.communicate(timeout=120)
     assert interrupted.returncode == 130, output
-    assert "trial-000: waiting for its run, which a killed search left behind" in output
     assert "trial-000: complete after" in output
     assert output.endswith("interrupted; run the same command again to resume.\n")
     first = rows(out)
     assert [row["outcome"] for row in first.values()] == ["complete", "under way"]
 
-    status, output = script(*command)
+    status, output = script(*command, 3)
     assert status == 0, output
     table = rows(out)
-    assert sorted(table) == [0, 1, 2, 3]
+    numbers = list(table)
+    assert [row["outcome"] for row in table.values()] == ["complete", "complete", "pruned at 1"], output
     for number, row in first.items():
-        for option in ("model.learning_rate", "algorithm.n_corr"):
-            assert table[number][option] == row[option], "the trial under way was continued"
-    complete = [float(row["last r2"]) for row in table.values() if row["outcome"].startswith("complete")]
-    assert complete == sorted(complete, reverse=True)
+        chosen = [row[option] for option in ("model.learning_rate", "algorithm.n_corr")]
+        assert list(table[number].values())[2:4] == chosen, "the trial under way was continued"
+        assert "going on in" in (out / f"trial-{number:03d}/fit.log").read_text() or number == 0
+    options = [(row["model.learning_rate"], row["algorithm.n_corr"]) for row in table.values()]
+    assert sorted(options[:2]) == [("1e-9", "1"), ("1e-9", "2")], "none is tried twice"
+    assert options[2][0] == "1.0"
     for number, row in table.items():
-        run = out / f"trial-{number:03d}"
-        last = validation(run, int(row["last n"]))
+        metrics = validation(out / f"trial-{number:03d}", int(row["last n"]))
+        assert row["last n"] == ("2" if row["outcome"] == "complete" else "1")
         for key in ("r1", "r2", "delta", "delta_se"):
-            assert float(row[f"last {key}"]) == pytest.approx(last[key])
-    pruned = [number for number, row in table.items() if row["outcome"] == "pruned at 1"]
-    assert pruned, output
-    for number in pruned:
-        assert (out / f"trial-{number:03d}/iteration-01/metrics.json").is_file()
-        assert not (out / f"trial-{number:03d}/iteration-02/metrics.json").is_file()
-    assert (out / "search.md").read_text() in output + "\n"
-    assert f"--run_dir {out}/test/trial-{next(iter(table)):03d}/seed-$seed" in output
+            assert float(row[f"last {key}"]) == pytest.approx(metrics[key])
+    pruned = out / f"trial-{numbers[2]:03d}"
+    assert not (pruned / "iteration-02/metrics.json").exists()
+    assert "interrupted" in (pruned / "fit.log").read_text()
+    for run in out.glob("trial-*"):
+        stages = (run / "fit.log").read_text()
+        assert "M_1 on validation" in stages or run.name == "trial-000"
+        assert "M_1 on test" not in stages
+        assert "M_0 on validation" not in stages or run.name == "trial-000", "M_0's draws are shared"
+    assert output.endswith((out / "search.md").read_text() + "\n")
+    assert f"--run_dir {out}/test/trial-{numbers[0]:03d}/seed-$seed" in output
 
     before = (out / "search.csv").read_text()
-    assert script(*command[:-1], 0)[0] == 0
+    assert script(*command, 0)[0] == 0
     assert (out / "search.csv").read_text() == before
-    status, output = script(*command[:-1], 5, "--objective", "delta")
-    assert (status, output) == (
-        2,
-        f"{out} holds a search with another objective: choose another --out, or remove it.\n",
-    )
+    status, output = script(*command, 0, "--objective", "delta")
+    assert status == 2
+    assert output == f"{out} holds a search with another objective: choose another --out, or remove it.\n"
