@@ -19,6 +19,7 @@ import shlex
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,11 +129,11 @@ class Search:
     def _seed(self, number: int) -> None:
         """Set what chooses a trial: it has its own seed, so that a restart changes no choice."""
         seed = random.Random(f"{self.arguments.seed_everything}, trial {number}").getrandbits(32)
-        samplers = optuna.samplers
-        if number and "repeats" in self.study.trials[number - 1].user_attrs:  # it would insist on that
-            self.study.sampler = samplers.RandomSampler(seed)
+        if number and "repeats" in self.study.trials[number - 1].user_attrs:  # TPE would insist on it
+            self.study.sampler = optuna.samplers.RandomSampler(seed)
         else:
-            self.study.sampler = samplers.TPESampler(n_startup_trials=self.arguments.startup, seed=seed)
+            startup = self.arguments.startup
+            self.study.sampler = optuna.samplers.TPESampler(n_startup_trials=startup, seed=seed)
 
     def _run(self, trial: Trial, signals_received: Sequence[int]) -> None:
         choose(trial, self.space)
@@ -237,6 +238,7 @@ def search(arguments: argparse.Namespace, options: Sequence[str]) -> int:
     """Start the search or go on with it, and return the exit status."""
     out, space = arguments.out, read_space(arguments.space)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*already reported.*")  # before a trial was interrupted
     settings = {"space": space, **{name: vars(arguments)[name] for name in ("objective", "startup")}}
     if arguments.trials:
         first = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0)).ask()
