@@ -259,8 +259,7 @@ def _aside(seed: int) -> Iterator[None]:
 
 def _library() -> ModuleType:
     try:
-        with warnings.catch_warnings():  # Python's compiler warns of the code of one of its dependencies
-            warnings.simplefilter("ignore")
+        with _aside(0):  # Python's compiler warns of the code of one of its dependencies
             import reasoning_gym
     except ImportError as error:
         raise UserError(
