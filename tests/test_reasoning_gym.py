@@ -168,6 +168,23 @@ def test_nobody_notices_the_library(tmp_path):
     assert "cellpylib" not in done.stderr
 
 
+@pytest.mark.slow
+def test_the_library_is_imported_only_where_its_questions_are_loaded():
+    code = (
+        "import sys\n"
+        "from jsonargparse import ArgumentParser\n"
+        "from data import TrajectoryDataModule\n"
+        "parser = ArgumentParser()\n"
+        "parser.add_class_arguments(TrajectoryDataModule, 'data', sub_configs=True)\n"
+        f"config = parser.parse_path({str(ROOT / 'configs/tasks/reasoning_gym.yaml')!r})\n"
+        "data = parser.instantiate(config).data\n"
+        "assert 'reasoning_gym' not in sys.modules\n"
+        "data.load_questions('test')\n"
+        "assert 'reasoning_gym' in sys.modules\n"
+    )
+    assert "cellpylib" not in run_python(code).stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
