@@ -21,7 +21,7 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import fields
 from functools import lru_cache
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -29,9 +29,6 @@ from data.questions import QuestionSource
 from stasc.errors import UserError
 from stasc.reward import Reward, time_limit
 from stasc.trajectory import Question
-
-if TYPE_CHECKING:
-    from reasoning_gym.dataset import ProceduralDataset
 
 Split = Literal["train", "validation", "test"]
 Options = dict[str, Any]
@@ -223,7 +220,8 @@ def _meant(word: str, known: Any) -> str:
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
-def _dataset(task: str, options: Options, seed: int) -> ProceduralDataset:
+def _dataset(task: str, options: Options, seed: int) -> Any:
+    """One of the library's data sets, which makes the entries of a task and scores answers to them."""
     try:
         return _library().create_dataset(task, **options, seed=seed, size=_CHUNK)
     except Exception as error:  # AssertionError, TypeError, ValueError, ...
@@ -236,7 +234,7 @@ def _refusal(task: str, error: Exception) -> UserError:
 
 
 @lru_cache(maxsize=128)
-def _scoring_dataset(task: str, options: str) -> ProceduralDataset:
+def _scoring_dataset(task: str, options: str) -> Any:
     """Scores answers to all questions of a task with these options, which some verifiers look at."""
     with _aside(0):
         return _dataset(task, json.loads(options), 0)
@@ -259,8 +257,7 @@ def _aside(seed: int) -> Iterator[None]:
 
 def _library() -> ModuleType:
     try:
-        with warnings.catch_warnings():  # Python's compiler warns of the code of one of its dependencies
-            warnings.simplefilter("ignore")
+        with _aside(0):  # Python's compiler warns of the code of one of its dependencies
             import reasoning_gym
     except ImportError as error:
         raise UserError(

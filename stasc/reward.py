@@ -286,9 +286,13 @@ def _value(text: str) -> list[Any]:
     without them ``(3, 4)`` would be read as 4. In words it would be a product of letters with them.
     """
     parse = _math_verify().parse
-    text = text.replace(r"\$", "")  # an amount of money
+    text = text.replace(r"\$", "").strip("*")  # an amount of money; bold type
     formula = "$" + text.replace("**", "^") + "$"
-    words = re.sub(r"\\(?:text|mbox|mathrm)\{[^{}]*\}|\\[A-Za-z]+|\b(?:and|or)\b", "", text)
+    words = re.sub(
+        r"\\(?:text|mbox|mathrm)\{[^{}]*\}|\\[A-Za-z]+|(?:\b|\d)(?:and|or|pi|sqrt|exp|log|ln|sin|cos|tan)\b",
+        "",
+        text,
+    )
     marked = re.search(r"\$|\\[(\[]", text)
     if marked or len(text) > 500:  # formulas are shorter, and a long one takes very long to read
         texts = [text]

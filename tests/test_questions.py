@@ -37,6 +37,22 @@ def test_rows_without_an_id_are_numbered_and_blank_lines_are_skipped(write):
     assert ids == ["1", "2"]
 
 
+def test_a_dot_leads_into_a_column_and_the_row_is_the_entry(write):
+    row = {"meta": {"q": "Who?"}, "answer": {"value": 7, "aliases": ["7", "seven"]}, "a.b": 1.5}
+    path = write(row)
+    (question,) = QuestionFile(path, question="meta.q", references="answer.aliases").load()
+    assert (question.text, question.references) == ("Who?", ("7", "seven"))
+    assert question.entry == row
+    for column, references in (("answer.value", ("7",)), ("a.b", ("1.5",))):
+        (question,) = QuestionFile(path, question="meta.q", references=column).load()
+        assert question.references == references
+    for column in ("answer.alias", "meta.q.r", "nothing.at.all"):
+        with pytest.raises(
+            UserError, match=rf"line 1: there is no column '{column}' \(columns: meta, answer"
+        ):
+            QuestionFile(path, question="meta.q", references=column).load()
+
+
 def test_predict_needs_no_references(write):
     path = write({"question": "Who?"})
     assert QuestionFile(path).load(with_references=False) == [Question("1", "Who?")]
@@ -54,8 +70,8 @@ def test_predict_needs_no_references(write):
         ([{**ROWS[0], "text": " "}], r"line 1: 'text' must be a non-empty string"),
         ([{**ROWS[0], "answers": []}], r"line 1: 'answers' is empty"),
         ([{**ROWS[0], "answers": [" "]}], r"line 1: 'answers' is empty"),
-        ([{**ROWS[0], "answers": None}], r"line 1: 'answers' must be a string or a list of strings"),
-        ([{**ROWS[0], "answers": [3]}], r"line 1: 'answers' must be a string or a list of strings"),
+        ([{**ROWS[0], "answers": None}], r"line 1: 'answers' must be a string, a number, or a list of them"),
+        ([{**ROWS[0], "answers": [True]}], r"line 1: 'answers' must be a string, a number, or a list"),
         ([ROWS[0], "", ROWS[0]], r"line 3: the id '7' occurs twice"),
         ([], r"my questions\.jsonl has no questions"),
     ],
