@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import yaml
-from jsonargparse import ArgumentError
+from jsonargparse import ActionConfigFile, ArgumentError
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -25,6 +25,7 @@ from data import TrajectoryDataModule, demo
 from stasc.algorithm import Algorithm, STaSC
 from stasc.errors import UserError
 from stasc.experiment import Experiment
+from stasc.house import OWN_PACKAGES, config_file
 from stasc.model_folder import ModelFolder
 from stasc.prompting import Dialogue
 from stasc.run import NEVER, START, TRAINING, FirstUse, Run, SystemRecord, first_use, flatten
@@ -53,11 +54,25 @@ _TRAINER_OPTIONS_THAT_TRAIN = (
 """Lightning's options that have a part in what is learnt; the others say where and how it is."""
 
 
+class ConfigFile(ActionConfigFile):
+    """``--config``, which also takes a config that comes with the program by its name."""
+
+    def __call__(self, parser: Any, cfg: Any, values: str, option_string: str | None = None) -> None:
+        """Add what the file says to the configuration."""
+        super().__call__(parser, cfg, config_file(values), option_string)
+
+
 class STaSCCLI(LightningCLI):
     """LightningCLI with the groups ``algorithm`` and ``sampler``, and ``run_dir`` and ``reuse``."""
 
     datamodule: TrajectoryDataModule
     model: CorrectionSFT
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """A parser with ``--config``."""
+        parser = LightningArgumentParser(**kwargs)
+        parser.add_argument("-c", "--config", action=ConfigFile, help="A config, by its path or its name.")
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The options beside those of the trainer, the model and the data."""
@@ -241,7 +256,7 @@ def run() -> None:
         sentence = " ".join(str(mistake).split())
         options = {argument.partition("=")[0] for argument in sys.argv}
         if isinstance(mistake, ArgumentError):
-            sentence = _renamed(sentence) or sentence
+            sentence = _renamed(sentence) or _not_ours(sentence) or sentence
             if not options & {"-c", "--config"}:
                 sentence += " (no --config FILE was given)"
         print(f"stasc: {sentence}", file=sys.stderr)
@@ -253,6 +268,23 @@ def _renamed(refusal: str) -> str | None:
     for old, new in RENAMED.items():
         if re.search(rf"\b{old}\b", refusal):
             return f"data.{old} is called data.{new} now: change it in the config or on the command line."
+    return None
+
+
+def _not_ours(refusal: str) -> str | None:
+    """A sentence for what one of our packages was asked for and does not have; None for other refusals."""
+    package, name = rf"(?P<package>{'|'.join(OWN_PACKAGES)})", r"(?P<name>\w+)"
+    for pattern in (
+        f"module '{package}' has no attribute '{name}'",
+        rf"No module named '{package}\.{name}",
+        f"cannot import name '{name}' from '{package}'",
+    ):
+        if found := re.search(pattern, refusal):
+            ours, missing = found["package"], found["name"]
+            return (
+                f"stasc's own package {ours} has no {missing}: if you mean a folder or file {ours} of yours, "
+                "give it another name, also in the class path."
+            )
     return None
 
 
