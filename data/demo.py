@@ -14,22 +14,20 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-import os
 import random
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from filelock import FileLock
 from tokenizers import AddedToken
 from tokenizers.pre_tokenizers import ByteLevel
 from tqdm import tqdm
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, get_cosine_schedule_with_warmup
 
+from data.made_once import made_once
 from stasc.errors import UserError
 from stasc.prompting import Dialogue, Message, Prompts
 from stasc.trajectory import Question
@@ -204,34 +202,15 @@ def corpus(recipe: Recipe) -> Iterator[Document]:
 def base_model(recipe: Recipe | None = None, progress: bool = True) -> Path:
     """The Hugging Face folder of M_0, which is pre-trained on first use and cached.
 
-    The cache is ``$STASC_CACHE``, else ``$XDG_CACHE_HOME/stasc``, else ``~/.cache/stasc``. The weights depend
-    only on the recipe. The caller's random state and number of threads do not change.
+    The weights depend only on the recipe. The caller's random state and number of threads do not change.
+
+    Raises:
+        UserError: The cache cannot be written to.
     """
     recipe = recipe or Recipe()
     constants = (VERSION, recipe, NAMES, LETTERS, TOKENS, PROMPTS, CHAT_TEMPLATE)
-    folder = _cache() / f"demo-{hashlib.sha256(repr(constants).encode()).hexdigest()[:12]}"
-    if folder.is_dir():
-        return folder
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_suffix(".lock")):
-            if not folder.is_dir():  # Another process may have made it meanwhile.
-                partial = folder.with_suffix(".partial")
-                shutil.rmtree(partial, ignore_errors=True)
-                _pretrain(recipe, partial, progress)
-                partial.replace(folder)
-    except OSError as error:
-        raise UserError(
-            f"the demo's model could not be written to {folder.parent} ({error.strerror}): "
-            "set STASC_CACHE to a writable folder with free space."
-        ) from error
-    return folder
-
-
-def _cache() -> Path:
-    if cache := os.environ.get("STASC_CACHE"):
-        return Path(cache).expanduser().absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stasc"
+    name = f"demo-{hashlib.sha256(repr(constants).encode()).hexdigest()[:12]}"
+    return made_once(name, lambda folder: _pretrain(recipe, folder, progress))
 
 
 def make_tokenizer() -> Qwen2Tokenizer:
@@ -255,9 +234,8 @@ def _pretrain(recipe: Recipe, folder: Path, progress: bool) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # One order of sums on any machine; the model is too small to gain from more.
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(recipe.seed)
-            model = _new_model(tokenizer)
+        torch.default_generator.manual_seed(recipe.seed)
+        model = _new_model(tokenizer)
         _train(model, tokenizer, recipe, progress)
     finally:
         torch.set_num_threads(threads)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -171,3 +172,22 @@ class DemoQuestions(QuestionSource):
     def load(self, *, with_references: bool = True) -> list[Question]:
         """See ``QuestionSource.load``."""
         return demo.questions(self.split, self.size, self.seed)
+
+
+def hold_out(questions: Sequence[Question], share: float) -> tuple[list[Question], list[Question]]:
+    """Two parts of a set of questions: those that are left, and the share that is held out.
+
+    Which are held out follows from nothing but the questions' number and the share.
+
+    Raises:
+        UserError: One of the parts would be empty.
+    """
+    count = round(share * len(questions))
+    if not 0 < count < len(questions):
+        raise UserError(
+            f"data.validation is {share}, which takes {count} of the {len(questions)} training questions: "
+            "choose a share between 0 and 1 that leaves questions on both sides."
+        )
+    held = set(random.Random(0).sample(range(len(questions)), count))
+    left, held_out = ([q for i, q in enumerate(questions) if (i in held) == part] for part in (False, True))
+    return left, held_out

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -12,12 +12,13 @@ from typing import ClassVar
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from data.questions import QuestionSource
+from data.questions import QuestionSource, hold_out
+from stasc.answers import FinalAnswer, WholeCompletion
 from stasc.errors import UserError
 from stasc.experiment import Evaluation, Experiment
 from stasc.prompting import Message
 from stasc.reward import InAccuracy, Reward
-from stasc.run import EVALUATION, NEVER, TRAINING, FirstUses, write_json, write_lines
+from stasc.run import EVALUATION, NEVER, START, TRAINING, FirstUses, write_json, write_lines
 from stasc.sampling import Sampling
 from stasc.training.batches import CorrectionBatches
 from stasc.trajectory import Question, Trajectory, to_json
@@ -51,12 +52,15 @@ class TrajectoryDataModule(LightningDataModule):
 
     Args:
         train: Questions to learn from (D_0).
-        test: Questions to evaluate on.
+        test: Questions to report the rewards of.
         prompts: The messages of each prompt: ``initial``, ``correction``, and others that the algorithm asks.
         sampling: How training answers and corrections are drawn.
         evaluation: How models are evaluated.
+        validation: Questions to choose the iteration on, or the share of ``train`` that is held out as such;
+            without any nothing chooses but the test set.
         training_prompts: Prompts of the training examples; by default those of sampling.
-        reward: Scores answers.
+        answer: Finds the answer in a completion; by default all of it is the answer.
+        reward: Scores the answer.
         batches: How D_n is cut into batches.
         predict: Questions for ``predict``; references are not needed.
         output: Where ``validate``, ``test`` and ``predict`` write their trajectories; by default
@@ -65,6 +69,8 @@ class TrajectoryDataModule(LightningDataModule):
 
     first_uses: ClassVar[FirstUses] = {
         "test": EVALUATION,
+        # A share is taken from the training questions.
+        "validation": lambda before, now: START if isinstance(before or now, float) else EVALUATION,
         "evaluation": EVALUATION,
         "training_prompts": TRAINING,
         "batches.size": TRAINING,
@@ -85,18 +91,21 @@ class TrajectoryDataModule(LightningDataModule):
         prompts: dict[str, list[Message]],
         sampling: Sampling,
         evaluation: Evaluation = Evaluation(),  # noqa: B008  (frozen)
+        validation: QuestionSource | float | None = None,
         training_prompts: dict[str, list[Message]] | None = None,
+        answer: FinalAnswer = WholeCompletion(),  # noqa: B008  (has no state)
         reward: Reward = InAccuracy(),  # noqa: B008  (has no state)
         batches: Batches = Batches(),
         predict: QuestionSource | None = None,
         output: str | None = None,
     ) -> None:
         super().__init__()
-        self.sources = {"train": train, "test": test, "predict": predict}
+        self.sources = {"train": train, "validation": validation, "test": test, "predict": predict}
         self.prompts = prompts
         self.sampling = sampling
         self.evaluation = evaluation
         self.training_prompts = training_prompts
+        self.answer = answer
         self.reward = reward
         self.batches = batches
         self.output = output
@@ -105,13 +114,16 @@ class TrajectoryDataModule(LightningDataModule):
 
     def load_questions(self, subcommand: str) -> dict[str, list[Question]]:
         """The questions that a subcommand asks, by the name of their source."""
-        needed = {"fit": ("train", "test"), "predict": ("predict",)}.get(subcommand, ("test",))
-        questions = {}
-        for name in needed:
+        needed = {"fit": ("train", "validation", "test"), "validate": ("validation",)}
+        questions: dict[str, list[Question]] = {}
+        for name in needed.get(subcommand, (subcommand,)):
             source = self.sources[name]
-            if source is None:
+            if isinstance(source, float):
+                questions["train"], questions[name] = hold_out(self.sources["train"].load(), source)
+            elif source is not None:
+                questions[name] = source.load(with_references=name != "predict")
+            elif subcommand != "fit":
                 raise UserError(f"data.{name} is not set: give the questions, as data.train has them.")
-            questions[name] = source.load(with_references=name != "predict")
         return questions
 
     # Training
@@ -167,25 +179,32 @@ class TrajectoryDataModule(LightningDataModule):
         known = self.training_prompts is None and algorithm.learns <= sampled_from
         return self.experiment.context if known else None
 
-    # A model folder on its own: validate, test, predict
+    # A model folder on its own: test, validate, predict
 
     def test_dataloader(self) -> DataLoader:
-        """All metrics of ``model.base`` on the test questions as one batch; writes them and trajectories.
-
-        The trajectories of all rounds are written one after another.
-        """
+        """All metrics of ``model.base`` on the test questions as one batch; writes them and trajectories."""
         rounds, metrics = self.experiment.test()
+        flat = metrics["test"] | {k: v for k, v in metrics.get("rounds", {}).items() if k not in ("r1", "r2")}
+        return self._evaluated(rounds, metrics, flat)
+
+    def val_dataloader(self) -> DataLoader:
+        """As ``test_dataloader``, on the validation questions."""
+        rounds, metrics = self.experiment.validate()
+        return self._evaluated(rounds, metrics, metrics["validation"])
+
+    def _evaluated(
+        self,
+        rounds: Sequence[Iterable[Trajectory]],
+        metrics: dict[str, dict[str, float]],
+        shown: dict[str, float],
+    ) -> DataLoader:
+        """One batch with the metrics to show; all metrics and the trajectories of all rounds are written."""
         self._write_output(to_json(trajectory) for trajectories in rounds for trajectory in trajectories)
         if self.trainer.is_global_zero:
             path = self.output_path(self.trainer.state.fn.value).with_suffix(".metrics.json")
             write_json(path, metrics)
             print(f"all metrics              {path}", flush=True)
-        flat = metrics["test"] | {k: v for k, v in metrics.get("rounds", {}).items() if k not in ("r1", "r2")}
-        return DataLoader([flat], batch_size=None)
-
-    def val_dataloader(self) -> DataLoader:
-        """As ``test_dataloader``; the paper has no validation split."""
-        return self.test_dataloader()
+        return DataLoader([shown], batch_size=None)
 
     def predict_dataloader(self) -> DataLoader:
         """Corrections of the ``predict`` questions by ``model.base``, as one batch; writes both turns."""

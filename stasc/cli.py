@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentError
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from transformers.utils.logging import disable_progress_bar
 
 from callbacks import Curves, Evaluation, IterationProgressBar, OuterLoop
-from data import TrajectoryDataModule, demo
+from data import TrajectoryDataModule, demo, smollm2
 from stasc.algorithm import Algorithm, STaSC
 from stasc.errors import UserError
 from stasc.experiment import Experiment
@@ -32,8 +32,8 @@ from stasc.run import NEVER, START, TRAINING, FirstUse, Run, SystemRecord, first
 from stasc.sampling import Sampler, VLLMSampler
 from stasc.training.module import CorrectionSFT
 
-DEMO = "demo"
-"""The name of the embedded task's own M_0, which is made on the spot."""
+MADE_HERE = {"demo": demo.base_model, "smollm2-135m": smollm2.base_model}
+"""Names that ``model.base`` may have for a model that is made on the spot, and what makes it."""
 
 RENAMED = {
     "batch_size": "batches.size",
@@ -55,11 +55,28 @@ _TRAINER_OPTIONS_THAT_TRAIN = (
 
 
 class ConfigFile(ActionConfigFile):
-    """``--config``, which also takes a config that comes with the program by its name."""
+    """A config, by its path or its name, whose parts of ``data`` keep their own defaults.
 
-    def __call__(self, parser: Any, cfg: Any, values: str, option_string: str | None = None) -> None:
-        """Add what the file says to the configuration."""
-        super().__call__(parser, cfg, config_file(values), option_string)
+    jsonargparse gives a part of another class the arguments of the part before it, as far as it takes them.
+    That is right for an algorithm, which goes on with N_init and N_corr, and wrong for questions and a
+    reward: those of another task have their own.
+    """
+
+    @staticmethod
+    def apply_config(parser: ArgumentParser, cfg: Namespace, dest: str, value: str) -> None:
+        """Lay the config over ``cfg``."""
+        value = config_file(value)
+        try:
+            config = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
+            parts = config.get("data", {}).items()
+        except (OSError, ValueError, AttributeError, yaml.YAMLError):
+            parts = ()  # said below, by the parser
+        for name, part in parts:
+            class_path = part.get("class_path") if isinstance(part, dict) else part
+            before = cfg.get(f"data.{name}")
+            if isinstance(before, Namespace) and before.get("class_path") not in (None, class_path):
+                cfg[f"data.{name}"] = None
+        ActionConfigFile.apply_config(parser, cfg, dest, value)
 
 
 class STaSCCLI(LightningCLI):
@@ -69,9 +86,9 @@ class STaSCCLI(LightningCLI):
     model: CorrectionSFT
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """A parser with ``--config``."""
+        """The parser of a subcommand, whose configs are ``ConfigFile``s."""
         parser = LightningArgumentParser(**kwargs)
-        parser.add_argument("-c", "--config", action=ConfigFile, help="A config, by its path or its name.")
+        parser.add_argument("-c", "--config", action=ConfigFile, help="A file or a name; later ones go on top.")
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -87,7 +104,7 @@ class STaSCCLI(LightningCLI):
         parser.add_subclass_arguments(Sampler, "sampler", default=_class_path(VLLMSampler))
 
     def before_instantiate_classes(self) -> None:
-        """Check the trainer's options; make the demo's M_0 if that is the model."""
+        """Check the trainer's options; make M_0 if it is one that is made here."""
         config = self.config[self.subcommand]
         if config.trainer.precision in ("bf16-true", "16-true"):
             raise UserError(
@@ -109,8 +126,8 @@ class STaSCCLI(LightningCLI):
         dumped = self.parser.dump(self.config, skip_unset=False)
         self.saved_config = yaml.safe_load(dumped)[self.subcommand]
         self.saved_config.pop("config", None)
-        if config.model.base == DEMO:
-            config.model.base = str(demo.base_model())
+        if make := MADE_HERE.get(config.model.base):
+            config.model.base = str(make())
 
     def instantiate_classes(self) -> None:
         """Let through the sentence of a part that can be null, which jsonargparse puts into its own."""
@@ -170,6 +187,7 @@ class STaSCCLI(LightningCLI):
             sampler=config.sampler,
             dialogue=Dialogue(tokenizer, data.prompts, generation_config),
             training_dialogue=Dialogue(tokenizer, data.training_prompts or data.prompts, generation_config),
+            answer=data.answer,
             reward=data.reward,
             questions=questions,
             sampling=data.sampling,
@@ -264,7 +282,12 @@ def run() -> None:
 
 
 def _renamed(refusal: str) -> str | None:
-    """A sentence for a refused option that has another name now; None if it is none of those."""
+    """A sentence for a refused option that has another name or place now; None if it is none of those."""
+    if re.search(r"data\.reward.*'marker' is not accepted", refusal):
+        return (
+            "rewards have no marker any more: set data.answer to stasc.answers.AfterMarker with that marker, "
+            "which holds for every reward."
+        )
     for old, new in RENAMED.items():
         if re.search(rf"\b{old}\b", refusal):
             return f"data.{old} is called data.{new} now: change it in the config or on the command line."

@@ -14,8 +14,9 @@ import torch
 
 from stasc import processes
 from stasc.algorithm import Algorithm, Turn
+from stasc.answers import FinalAnswer
 from stasc.errors import UserError
-from stasc.metrics import dataset_sizes, evaluation_metrics, reward_metrics, why_empty
+from stasc.metrics import answer_metrics, chosen, dataset_sizes, evaluation_metrics, reward_metrics, why_empty
 from stasc.model_folder import ModelFolder
 from stasc.prompting import Dialogue, check_prompts
 from stasc.reward import Reward
@@ -29,24 +30,28 @@ from stasc.trajectory import Example, Question, Record, Records, Trajectory, to_
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """How a model is evaluated on the test questions.
+    """How a model is evaluated.
 
     Args:
         sampling: How answers and corrections are drawn.
         samples: Initial answers per question, each with one correction.
-        greedy: Also draw one greedy answer and correction per question.
-        marker: What comes before the final answer in a completion, in any case. The majority vote of several
-            samples compares what follows it, or whole completions where it does not occur.
+        greedy: Also draw one greedy answer and correction per test question.
+        marker: What comes before the final answer, in any case. The majority vote of several samples compares
+            what follows it in the answer that ``data.answer`` finds, or that answer where it does not occur.
+        test_every: Evaluate on the test questions after every so many iterations; M_0, M_N and the model that
+            the validation questions choose always are. On the validation questions every model is evaluated.
     """
 
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
     samples: int = 1
     greedy: bool = False
     marker: str | None = "Final Answer:"
+    test_every: int = 1
 
     def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise UserError(f"data.evaluation.samples is {self.samples}: it must be 1 or more.")
+        for name in ("samples", "test_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"data.evaluation.{name} is {getattr(self, name)}: it must be 1 or more.")
         if self.sampling.temperature == 0 and self.samples > 1:
             raise UserError(
                 "data.evaluation.sampling.temperature is 0, so all samples of a question are the same: raise "
@@ -67,8 +72,10 @@ class Experiment:
         sampler: The engine that holds the model which answers.
         dialogue: Renders the prompts.
         training_dialogue: Renders the prompts of training examples, which may have other words.
-        reward: r, scores answers.
-        questions: ``train`` (D_0) and ``test``, or ``predict``; only those that will be asked.
+        answer: Finds the answer in a completion.
+        reward: r, scores it.
+        questions: ``train`` (D_0), ``validation`` if there are any, and ``test``; or one of these or
+            ``predict`` alone. Only those that will be asked.
         sampling: How training answers and corrections are drawn.
         evaluation: How a model is evaluated.
         base: M_0.
@@ -81,6 +88,7 @@ class Experiment:
     sampler: Sampler
     dialogue: Dialogue
     training_dialogue: Dialogue
+    answer: FinalAnswer
     reward: Reward
     questions: Mapping[str, Sequence[Question]]
     sampling: Sampling
@@ -98,36 +106,51 @@ class Experiment:
         # They are those of iteration m + 1: what M_0 answers is drawn once and serves all iterations.
         questions, turns = unanswered(self.questions["train"]), self.algorithm.turns[:1]
         ask = partial(self._ask, m, questions, turns, self.sampling, f"iteration {m + 1}")
-        return self._stage(self.run.iteration(m + 1).answers(1), ask)
+        return self._stage(self.run.iteration(m + 1).answers(1), "train", ask)
 
     def trajectories(self, n: int) -> Sequence[Trajectory]:
         """Step 2 (lines 6 and 7): N_corr corrections of each by M_{n-1}, and any further turns."""
         trajectories = self.initial_answers(n)
         for number, turn in enumerate(self.algorithm.turns[1:], start=2):
             ask = partial(self._ask, n - 1, trajectories, [turn], self.sampling, f"iteration {n}", number)
-            trajectories = self._stage(self.run.iteration(n).answers(number), ask)
+            trajectories = self._stage(self.run.iteration(n).answers(number), "train", ask)
         return trajectories
 
     def dataset(self, n: int) -> Sequence[Example]:
         """Step 3 (lines 8 to 12): D_n, what the filter keeps of them."""
         trajectories = self.trajectories(n)
-        return self._stage(self.run.iteration(n).dataset, lambda: self._select(trajectories))
+        return self._stage(self.run.iteration(n).dataset, "train", lambda: self._select(trajectories))
 
     def base_model(self, n: int) -> int:
         """Step 4 (lines 13 to 16): the number of the model that training on D_n makes M_n."""
         return self.algorithm.base_model(n)
 
     def evaluate(self, n: int) -> dict[str, Any]:
-        """Test rewards of M_n, which is done when ``metrics.json`` exists; what that file holds."""
-        files = self.run.iteration(n)
-        rounds = self._test(n, f"M_{n} on test", Iteration.test_answers)
-        greedy = self._test_greedily(n, f"M_{n} on test, greedily", lambda files, _: files.test_greedy)
-        if self.missing(files.metrics):
-            if processes.rank() == 0:
-                training = read_json(files.training) if n else {}
-                write_json(files.metrics, {"iteration": n, **self._metrics(rounds, greedy), **training})
-            processes.from_rank_zero("metrics are written")
-        return read_json(files.metrics)
+        """Rewards of M_n on the validation questions, and on the test questions where that is due.
+
+        It is done when ``metrics.json`` exists; what that file holds.
+        """
+        path = self.run.iteration(n).metrics
+        if self.missing(path):
+            metrics = {"iteration": n, **self._validation(n)}
+            if n % self.evaluation.test_every == 0 or n == self.algorithm.iterations:
+                metrics |= self._test(n)
+            self._write(path, metrics | (read_json(self.run.iteration(n).training) if n else {}))
+        return read_json(path)
+
+    def choose(self) -> int | None:
+        """The iteration whose corrections are best on the validation questions, once all are evaluated.
+
+        The first of equals; it is evaluated on the test questions if it was not yet. None without validation
+        questions: then nothing chooses but the test set.
+        """
+        if "validation" not in self.questions:
+            return None
+        n = chosen([read_json(self.run.iteration(n).metrics) for n in range(self.algorithm.iterations + 1)])
+        metrics = read_json(path := self.run.iteration(n).metrics)
+        if "test" not in metrics:
+            self._write(path, metrics | self._test(n))
+        return n
 
     # ------------------------------------------------------------------ around it
 
@@ -139,7 +162,7 @@ class Experiment:
             log: What the engine itself prints.
         """
         log.parent.mkdir(parents=True, exist_ok=True)
-        self.rollout = Rollout(self.sampler, self.dialogue, self.reward, self.seed, self.context)
+        self.rollout = Rollout(self.sampler, self.dialogue, self.answer, self.reward, self.seed, self.context)
         self.sampler.start(self.base.path, device=device, context=self.context, log=log)
 
     def model_folder(self, n: int) -> Path:
@@ -164,9 +187,14 @@ class Experiment:
         """What there was to select D_n from, where it is empty."""
         return why_empty(self.trajectories(n), self.algorithm.threshold)
 
+    def validate(self) -> tuple[list[Sequence[Trajectory]], dict[str, dict[str, float]]]:
+        """M_0 on the validation questions, without files: the trajectories, and their metrics."""
+        rounds = self._answers("validation", 0, "validation")
+        return rounds, {"validation": answer_metrics(rounds[0], self.algorithm.threshold)}
+
     def test(self) -> tuple[list[Sequence[Trajectory]], dict[str, dict[str, float]]]:
         """M_0 on the test questions, without files: trajectories after each correction, and all metrics."""
-        rounds, greedy = self._test(0, "test"), self._test_greedily(0, "test, greedily")
+        rounds, greedy = self._answers("test", 0, "test"), self._greedy(0, "test, greedily")
         return rounds, self._metrics(rounds, greedy)
 
     def predict(self) -> Sequence[Trajectory]:
@@ -181,57 +209,76 @@ class Experiment:
 
     # ------------------------------------------------------------------ evaluation
 
-    def _test(
+    def _validation(self, n: int) -> dict[str, dict[str, float]]:
+        """What M_n's initial answers and corrections reach on the validation questions, if there are any."""
+        if "validation" not in self.questions:
+            return {}
+        turns = self.algorithm.test_turns(self.evaluation.samples)[:2]
+        file = lambda files, _: files.validation  # noqa: E731
+        [trajectories] = self._answers("validation", n, "M_{n} on validation", file, turns)
+        return {"validation": answer_metrics(list(trajectories), self.algorithm.threshold)}
+
+    def _test(self, n: int) -> dict[str, dict[str, float]]:
+        """All metrics of M_n on the test questions."""
+        rounds = self._answers("test", n, "M_{n} on test", Iteration.test_answers)
+        greedy = self._greedy(n, "M_{n} on test, greedily", lambda files, _: files.test_greedy)
+        return self._metrics(rounds, greedy)
+
+    def _answers(
         self,
+        source: str,
         n: int,
         name: str,
         file: Callable[[Iteration, int], Path] | None = None,
         turns: Sequence[Turn] | None = None,
         sampling: Sampling | None = None,
     ) -> list[Sequence[Trajectory]]:
-        """M_n on the test questions: trajectories after the first correction, after the second, and so on.
+        """M_n on a question set: trajectories after the first correction, after the second, and so on.
 
         Args:
+            source: Name of the question set.
             n: Number of the model.
-            name: From which the seeds follow.
+            name: From which, with ``n`` in it, the seeds follow.
             file: The file of an iteration for the trajectories after so many turns, if there is to be one.
             turns: By default those of the algorithm.
             sampling: By default that of the evaluation.
         """
         first, *later = turns or self.algorithm.test_turns(self.evaluation.samples)
         sampling = sampling or self.evaluation.sampling
+        stage_name = name.format(n=n)
         ask = partial(self._ask, journal=file is not None)
 
         def stage(number: int, make: Callable[[], Sequence[Trajectory]]) -> Sequence[Trajectory]:
-            return self._stage(file(self.run.iteration(n), number), make) if file else make()
+            return self._stage(file(self.run.iteration(n), number), source, make) if file else make()
 
         def first_two_turns() -> Sequence[Trajectory]:
             m = self.algorithm.test_initial_model(n)
             if m == n or file is None:
-                questions = unanswered(self.questions["test"])
-                answers = ask(n, questions, [first], sampling, name)
+                answers = ask(n, unanswered(self.questions[source]), [first], sampling, stage_name)
             else:
-                answers = [trajectory.upto(1) for trajectory in Records(file(self.run.iteration(m), 2))]
-            return ask(n, answers, later[:1], sampling, name, 2)
+                [of_m] = self._answers(source, m, name, file, [first, *later[:1]], sampling)
+                answers = [trajectory.upto(1) for trajectory in of_m]
+            return ask(n, answers, later[:1], sampling, stage_name, 2)
 
         rounds = [stage(2, first_two_turns)]
         for number, turn in enumerate(later[1:], start=3):
-            rounds.append(stage(number, partial(ask, n, rounds[-1], [turn], sampling, name, number)))
+            rounds.append(stage(number, partial(ask, n, rounds[-1], [turn], sampling, stage_name, number)))
         return rounds
 
-    def _test_greedily(
+    def _greedy(
         self, n: int, name: str, file: Callable[[Iteration, int], Path] | None = None
     ) -> Sequence[Trajectory] | None:
-        """The same greedily, with one correction; None if the evaluation has no greedy part."""
+        """M_n on the test questions, greedily, with one correction; None if that is not asked for."""
         if not self.evaluation.greedy:
             return None
         greedy = dataclasses.replace(self.evaluation.sampling, temperature=0.0)
-        return self._test(n, name, file, self.algorithm.test_turns(1)[:2], greedy)[0]
+        return self._answers("test", n, name, file, self.algorithm.test_turns(1)[:2], greedy)[0]
 
     def _metrics(
         self, rounds: Sequence[Sequence[Trajectory]], greedy: Sequence[Trajectory] | None
     ) -> dict[str, dict[str, float]]:
-        return evaluation_metrics(rounds, greedy, self.algorithm.threshold, self.evaluation.marker)
+        threshold, marker = self.algorithm.threshold, self.evaluation.marker
+        return evaluation_metrics(rounds, greedy, threshold, self.answer, marker)
 
     # ------------------------------------------------------------------ models and files
 
@@ -289,15 +336,30 @@ class Experiment:
                 )
             yield example
 
-    def _stage(self, path: Path, make: Callable[[], Iterable[Record]]) -> Records[Record]:
-        """The records in the file of a stage, which are made and written if it does not exist."""
+    def _stage(self, path: Path, source: str, make: Callable[[], Iterable[Record]]) -> Records[Record]:
+        """The records in the file of a stage, which are made and written if it does not exist.
+
+        Args:
+            path: The file.
+            source: Name of the question set that they answer.
+            make: Gives the records.
+        """
         if self.missing(path):
             records = make()
             if processes.rank() == 0:
                 write_lines(path, map(to_json, records))
                 shutil.rmtree(self.run.draws / "under-way", ignore_errors=True)
             processes.from_rank_zero(f"{path.name} is written")
-        return Records(path)
+        return self._records(path, source)
+
+    def _records(self, path: Path, source: str) -> Records[Record]:
+        """The records in a file, with the questions that were asked."""
+        return Records(path, {q.id: q for q in self.questions[source]}, f"data.{source}")
+
+    def _write(self, path: Path, metrics: dict[str, Any]) -> None:
+        if processes.rank() == 0:
+            write_json(path, metrics)
+        processes.from_rank_zero(f"{path.name} is written")
 
     # ------------------------------------------------------------------ checks before an engine starts
 

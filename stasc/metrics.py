@@ -3,49 +3,62 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from difflib import SequenceMatcher
 from itertools import groupby, islice
 from statistics import fmean
+from typing import Any
 
+from stasc.answers import FinalAnswer, after_marker
 from stasc.filtering import improves
-from stasc.reward import SelfCorrection, after_marker, normalize
+from stasc.reward import SelfCorrection, normalize
 from stasc.statistics import paired_test, standard_error
 from stasc.trajectory import Answer, Example, Trajectory
+
+
+def answer_metrics(trajectories: Sequence[Trajectory], threshold: float) -> dict[str, float]:
+    """How good initial answers and corrections are: mean rewards, their errors, transitions, and Delta."""
+    rewards = reward_metrics(trajectories, threshold)
+    return rewards | standard_errors(trajectories) | correction_metrics(trajectories)
 
 
 def evaluation_metrics(
     rounds: Sequence[Iterable[Trajectory]],
     greedy: Iterable[Trajectory] | None,
     threshold: float,
+    answer: FinalAnswer,
     marker: str | None,
 ) -> dict[str, dict[str, float]]:
-    """All metrics of an evaluation.
+    """All metrics of an evaluation on the test questions.
 
     Args:
         rounds: The trajectories after the first correction, after the second, and so on.
         greedy: Those that were drawn greedily, if any were.
         threshold: t, the reward from which on an answer is right.
-        marker: What comes before the final answer in a completion, for the majority vote.
+        answer: Finds the answer in a completion.
+        marker: What comes before the final answer in it, for the majority vote.
 
     Returns:
-        ``test``: mean rewards, their standard errors, the transitions of the first round, and what
-        ``correction_metrics`` says of it. ``samples``: pass@k and majority vote, if there are several samples
-        of a question. ``rounds``: the mean reward of every turn, if there is more than one correction.
-        ``greedy``: as ``test``, without standard errors.
+        ``test``: `answer_metrics` of the first round. ``samples``: pass@k and majority vote, if there are
+        several samples of a question. ``rounds``: the mean reward of every turn, if there is more than one
+        correction. ``greedy``: as ``test``, without standard errors.
     """
     trajectories, *later = map(list, rounds)
-    test = reward_metrics(trajectories, threshold)
-    metrics = {"test": test | standard_errors(trajectories) | correction_metrics(trajectories)}
+    metrics = {"test": answer_metrics(trajectories, threshold)}
     if any(trajectory.answers[0].number for trajectory in trajectories):
-        metrics["samples"] = sample_metrics(trajectories, threshold, marker)
+        metrics["samples"] = sample_metrics(trajectories, threshold, answer, marker)
     if later:
         means = (fmean(t.reward(turn) for t in after) for turn, after in enumerate(later, start=3))
-        rewards = [test["r1"], test["r2"], *means]
+        rewards = [metrics["test"]["r1"], metrics["test"]["r2"], *means]
         metrics["rounds"] = {f"r{turn}": reward for turn, reward in enumerate(rewards, start=1)}
     if greedy is not None:
         metrics["greedy"] = reward_metrics(greedy, threshold)
     return metrics
+
+
+def chosen(iterations: Sequence[dict[str, Any]]) -> int:
+    """The iteration, by its metrics, whose r(Y2) on the validation questions is best; the first of equals."""
+    return max(range(len(iterations)), key=lambda n: iterations[n]["validation"]["r2"])
 
 
 def reward_metrics(trajectories: Iterable[Trajectory], threshold: float) -> dict[str, float]:
@@ -119,20 +132,26 @@ def why_empty(trajectories: Iterable[Trajectory], threshold: float) -> str:
 
 
 def sample_metrics(
-    trajectories: Iterable[Trajectory], threshold: float, marker: str | None
+    trajectories: Iterable[Trajectory], threshold: float, answer: FinalAnswer, marker: str | None
 ) -> dict[str, float]:
     """What the k samples of a question achieve together, as means over questions, for both turns.
 
     ``pass_r1`` and ``pass_r2``: whether at least one of the k is right (pass@k). ``majority_r1`` and
     ``majority_r2``: the reward of the answer that most samples give.
     """
+
+    def vote(completion: str) -> tuple[str, ...]:
+        """The words of the answer, or of the whole completion where there is none."""
+        found = answer.find(completion)
+        return tuple(normalize((after_marker(found, marker) if marker else "") or found or completion))
+
     questions = _by_question(trajectories)
     metrics: dict[str, float] = {"k": len(questions[0])}
     for turn in (1, 2):
         samples = [[t.after(turn) for t in group] for group in questions]
-        passed = (any(answer.reward >= threshold for answer in answers) for answers in samples)
+        passed = (any(sample.reward >= threshold for sample in of_one) for of_one in samples)
         metrics[f"pass_r{turn}"] = fmean(passed)
-        metrics[f"majority_r{turn}"] = fmean(_majority(answers, marker) for answers in samples)
+        metrics[f"majority_r{turn}"] = fmean(_majority(of_one, vote) for of_one in samples)
     return metrics
 
 
@@ -140,13 +159,8 @@ def _by_question(trajectories: Iterable[Trajectory]) -> list[list[Trajectory]]:
     return [list(group) for _, group in groupby(trajectories, key=lambda t: t.question.id)]
 
 
-def _majority(answers: Sequence[Answer], marker: str | None) -> float:
-    """The reward of the most frequent final answer; of the first drawn among equals."""
-    finals = [tuple(normalize(_final_answer(answer.text, marker))) for answer in answers]
-    winner, _ = Counter(finals).most_common(1)[0]
-    return answers[finals.index(winner)].reward
-
-
-def _final_answer(text: str, marker: str | None) -> str:
-    """What follows the marker, or the whole text where it does not occur."""
-    return (after_marker(text, marker) if marker else "") or text
+def _majority(samples: Sequence[Answer], vote: Callable[[str], tuple[str, ...]]) -> float:
+    """The reward of the most frequent vote; of the first drawn among equals."""
+    votes = [vote(sample.text) for sample in samples]
+    winner, _ = Counter(votes).most_common(1)[0]
+    return samples[votes.index(winner)].reward

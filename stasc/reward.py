@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
@@ -18,8 +17,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from stasc.errors import UserError
-from stasc.trajectory import TRANSITIONS
+from stasc.trajectory import TRANSITIONS, Question
 
 # An article is surrounded by white space and followed by a word. It must be found before punctuation is
 # removed: in "y-n-a", "U.S.A.", "A) Paris" and "vitamin A." the letter "a" is no article, and dropping it
@@ -152,79 +150,75 @@ def _check_references(references: Sequence[str]) -> Sequence[str]:
     return references
 
 
-def after_marker(text: str, marker: str) -> str:
-    """The text after the first occurrence of ``marker``, ignoring case; "" if it does not occur."""
-    match = re.search(re.escape(marker), text, re.IGNORECASE)
-    return text[match.end() :] if match else ""
+class Reward:
+    """r(y): a score in [0, 1] of an answer.
 
-
-class Reward(ABC):
-    """r(y): a score in [0, 1] of an answer, given the reference answers of its question.
-
-    A subclass implements `score`. For example, in ``my_package.py``:
+    A subclass implements `score`, which compares the answer with the reference answers. For example, in
+    ``my_package.py``:
 
         class SameLength(Reward):
-            def __init__(self, slack: int = 0, marker: str | None = None) -> None:
-                super().__init__(marker)
+            def __init__(self, slack: int = 0) -> None:
                 self.slack = slack
 
-            def score(self, prediction: str, references: Sequence[str]) -> float:
-                lengths = [abs(len(prediction) - len(reference)) for reference in references]
+            def score(self, answer: str, references: Sequence[str]) -> float:
+                lengths = [abs(len(answer) - len(reference)) for reference in references]
                 return float(min(lengths, default=math.inf) <= self.slack)
 
     YAML names it by its class path; its ``__init__`` arguments are its ``init_args``:
 
-        reward:
-          class_path: my_package.SameLength
-          init_args: {slack: 2, marker: "Final Answer:"}
+        reward: {class_path: my_package.SameLength, init_args: {slack: 2}}
 
-    Args:
-        marker: Score only the text after the first occurrence of this marker, such as "Final Answer:",
-            ignoring case. An answer without the marker scores like an empty one. None scores the whole
-            completion, as the paper does.
+    A reward that must see more of the question, such as a verifier, implements `judge` instead. Both get the
+    answer that ``data.answer`` finds in the completion (``stasc/answers.py``).
 
     Raises:
-        UserError: The marker is blank.
+        TypeError: A subclass implements neither.
     """
 
-    def __init__(self, marker: str | None = None) -> None:
-        if marker is not None and not marker.strip():
-            raise UserError("The reward's marker is blank: give a text, or null to score whole completions.")
-        self.marker = marker
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if cls.judge is Reward.judge and cls.score is Reward.score:
+            raise TypeError(
+                f"{cls.__name__} must implement score(answer, references) or judge(answer, question)."
+            )
 
-    def __call__(self, prediction: str, references: Sequence[str]) -> float:
-        """The reward of a completion."""
-        if self.marker is not None:
-            prediction = after_marker(prediction, self.marker)
-        return self.score(prediction, references)
+    def judge(self, answer: str, question: Question) -> float:
+        """The reward of an answer to a question."""
+        return self.score(answer, question.references)
 
-    @abstractmethod
-    def score(self, prediction: str, references: Sequence[str]) -> float:
-        """The reward, in [0, 1], of a completion, or of the part after the marker if there is one."""
+    def score(self, answer: str, references: Sequence[str]) -> float:
+        """The reward of an answer, given the reference answers."""
+        raise NotImplementedError(f"{type(self).__name__} judges answers by their questions.")
 
 
 class InAccuracy(Reward):
     """1 if the answer contains a reference, else 0; see `in_accuracy`. The paper's reward."""
 
-    def score(self, prediction: str, references: Sequence[str]) -> float:
+    def score(self, answer: str, references: Sequence[str]) -> float:
         """1.0 or 0.0."""
-        return in_accuracy(prediction, references)
+        return in_accuracy(answer, references)
 
 
 class ExactMatch(Reward):
-    """1 if the answer equals a reference, else 0; see `exact_match`. Useful only with a marker."""
+    """1 if the answer equals a reference, else 0; see `exact_match`.
 
-    def score(self, prediction: str, references: Sequence[str]) -> float:
+    Useful only where ``data.answer`` finds the bare answer.
+    """
+
+    def score(self, answer: str, references: Sequence[str]) -> float:
         """1.0 or 0.0."""
-        return exact_match(prediction, references)
+        return exact_match(answer, references)
 
 
 class F1(Reward):
-    """Overlap between the words of the answer and a reference; see `f1`. Useful only with a marker."""
+    """Overlap between the words of the answer and a reference; see `f1`.
 
-    def score(self, prediction: str, references: Sequence[str]) -> float:
+    Useful only where ``data.answer`` finds the bare answer.
+    """
+
+    def score(self, answer: str, references: Sequence[str]) -> float:
         """Between 0.0 and 1.0."""
-        return f1(prediction, references)
+        return f1(answer, references)
 
 
 class SelfCorrection(Metric):

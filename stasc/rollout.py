@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 
 from stasc import processes
 from stasc.algorithm import Turn
+from stasc.answers import FinalAnswer
 from stasc.errors import UserError
 from stasc.prompting import Dialogue
 from stasc.reward import Reward
@@ -31,15 +32,25 @@ class Rollout:
     Args:
         sampler: Started, with weights loaded.
         dialogue: Renders the prompts.
-        reward: Scores answers, as they come from the engine.
+        answer: Finds the answer in a completion.
+        reward: Scores it, as it comes from the engine.
         seed: Of the run. Every draw follows from it, the stage, the prompt's name, the question and the
             numbers of the answers before.
         context: Tokens that a prompt and its answer can take together.
     """
 
-    def __init__(self, sampler: Sampler, dialogue: Dialogue, reward: Reward, seed: int, context: int) -> None:
+    def __init__(
+        self,
+        sampler: Sampler,
+        dialogue: Dialogue,
+        answer: FinalAnswer,
+        reward: Reward,
+        seed: int,
+        context: int,
+    ) -> None:
         self.sampler = sampler
         self.dialogue = dialogue
+        self.answer = answer
         self.reward = reward
         self.seed = seed
         self.context = context
@@ -155,7 +166,7 @@ class Rollout:
         scored = []
         for draw in draws:
             text = self.dialogue.decode(draw.token_ids)
-            reward = self.reward(text, question.references)
+            reward = self.reward.judge(self.answer.find(text), question)
             if not isinstance(reward, int | float) or not 0 <= reward <= 1:  # nan is refused, too
                 raise UserError(
                     f"the reward {type(self.reward).__name__} gave {reward!r} for an answer to question "

@@ -38,9 +38,11 @@ class FirstUse:
 
 NEVER = FirstUse()
 START = FirstUse("iteration-*/*")
-SECOND_TURN = FirstUse("iteration-01/trajectories.jsonl", "iteration-00/test*.jsonl")
+SECOND_TURN = FirstUse(
+    "iteration-01/trajectories.jsonl", "iteration-00/test*.jsonl", "iteration-00/validation.jsonl"
+)
 SELECTION = FirstUse("iteration-01/dataset.jsonl")
-EVALUATION = FirstUse("iteration-00/test*.jsonl")
+EVALUATION = FirstUse("iteration-00/test*.jsonl", "iteration-00/validation.jsonl")
 TRAINING = FirstUse("iteration-01/training.json", "checkpoints/last.ckpt")
 
 
@@ -98,6 +100,8 @@ class Iteration:
         """Log-probabilities of a few fixed sequences under M_n while it is still in the trainer."""
         self.model = self.folder / "model"
         """M_n as a Hugging Face folder."""
+        self.validation = self.folder / "validation.jsonl"
+        """Answers of M_n to the validation questions, with one correction each."""
         self.test_greedy = self.folder / "test-greedy.jsonl"
         """Greedy answers of M_n to the test questions, with one correction each."""
         self.metrics = self.folder / "metrics.json"

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
+
+from stasc.errors import UserError
 
 TRANSITIONS = ("wrong_to_right", "right_to_wrong", "right_to_right", "wrong_to_wrong")
 """What a correction can do to an initial answer."""
@@ -20,14 +22,21 @@ TRANSITIONS = ("wrong_to_right", "right_to_wrong", "right_to_right", "wrong_to_w
 
 @dataclass(frozen=True)
 class Question:
-    """One input x and the reference answers that its reward compares with.
+    """One input x, and what its reward knows of it.
 
-    ``references`` is empty only where no reward is computed (``predict``).
+    Attributes:
+        id: Distinct from those of the other questions of its source.
+        text: What the prompts ask.
+        references: Reference answers; empty where no reward is computed (``predict``), or where it compares
+            with none.
+        entry: What else the source knows, such as the other columns of a row. It is for the reward, and not
+            written into trajectories.
     """
 
     id: str
     text: str
     references: tuple[str, ...] = ()
+    entry: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -128,7 +137,8 @@ def to_json(record: Trajectory | Example) -> str:
     if isinstance(record, Example):
         fields["learn"] = {"turn": record.turn, "prompt": record.prompt, "weight": record.weight}
         record = record.trajectory
-    fields |= {"turn": record.turn, **vars(record)}
+    question = {name: getattr(record.question, name) for name in ("id", "text", "references")}
+    fields |= {"turn": record.turn, "question": question, "answers": record.answers}
     return json.dumps(fields, default=vars, ensure_ascii=False)
 
 
@@ -147,10 +157,22 @@ class Records(Sequence[Record], Generic[Record]):
     """The trajectories or examples of a file that this program wrote.
 
     Lines are parsed when they are asked for; only the offset of each (8 bytes) is held in memory.
+
+    Args:
+        path: The file.
+        questions: By their ids, the questions that were asked, which know more than the file does.
+        source: Where those come from, such as ``data.train``.
+
+    Raises:
+        UserError: When a line is read whose question is none of them.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(
+        self, path: Path, questions: Mapping[str, Question] | None = None, source: str = "the questions"
+    ) -> None:
         self.path = path
+        self.questions = questions
+        self.source = source
         self._offsets = array("q")
         offset = 0
         with path.open("rb") as lines:
@@ -164,9 +186,24 @@ class Records(Sequence[Record], Generic[Record]):
     def __getitem__(self, index: int) -> Record:
         with self.path.open("rb") as lines:
             lines.seek(self._offsets[index])
-            return from_json(lines.readline().decode())
+            return self._parse(lines.readline().decode())
 
     def __iter__(self) -> Iterator[Record]:
         with self.path.open(encoding="utf-8", newline="\n") as lines:
             for line in lines:
-                yield from_json(line)
+                yield self._parse(line)
+
+    def _parse(self, line: str) -> Record:
+        record = from_json(line)
+        if self.questions is None:
+            return record
+        trajectory = record.trajectory if isinstance(record, Example) else record
+        question = self.questions.get(trajectory.question.id)
+        if question != trajectory.question:
+            raise UserError(
+                f"{self.path} has answers to a question '{trajectory.question.id}' that {self.source} lacks, "
+                "or has with another text or other references: change the questions back to what they were "
+                "when the run started, or choose another --run_dir."
+            )
+        trajectory = replace(trajectory, question=question)
+        return replace(record, trajectory=trajectory) if isinstance(record, Example) else trajectory

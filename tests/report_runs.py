@@ -97,7 +97,7 @@ def make_run(
             "model.base": "demo",
             "model.learning_rate": 1e-4,
             "data.reward.class_path": "stasc.reward.InAccuracy",
-            "data.reward.init_args.marker": None,
+            "data.answer.class_path": "stasc.answers.WholeCompletion",
             "algorithm.init_args.n_init": 2,
             "algorithm.init_args.n_corr": 2,
         }

@@ -10,7 +10,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data import demo
+from data import demo, made_once
 from stasc.errors import UserError
 from stasc.prompting import Dialogue
 
@@ -171,14 +171,14 @@ def test_second_call_uses_the_cached_model(tmp_path, monkeypatch):
 
 def test_other_recipes_have_other_folders(folder, monkeypatch):
     monkeypatch.setenv("STASC_CACHE", str(folder.parent))
-    monkeypatch.setattr(demo, "_pretrain", lambda recipe, partial, progress: partial.mkdir())
+    monkeypatch.setattr(demo, "_pretrain", lambda *_: None)
     assert demo.base_model(demo.Recipe(seed=1, steps=5), progress=False) != folder
     assert demo.base_model(TINY, progress=False) == folder
 
 
 def test_a_partial_folder_of_a_killed_run_is_replaced(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("STASC_CACHE", str(tmp_path))
-    leftover = tmp_path / f"{folder.name}.partial"
+    leftover = tmp_path / f"{folder.name}.tmp"
     leftover.mkdir()
     (leftover / "model.safetensors").write_bytes(b"half")
     made = demo.base_model(TINY, progress=False)
@@ -196,6 +196,6 @@ def test_unwritable_cache_is_reported_in_one_sentence(tmp_path, monkeypatch):
 def test_cache_folder_follows_the_environment(monkeypatch):
     monkeypatch.delenv("STASC_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert demo._cache() == Path("/somewhere/stasc")
+    assert made_once._cache() == Path("/somewhere/stasc")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert demo._cache() == Path.home() / ".cache/stasc"
+    assert made_once._cache() == Path.home() / ".cache/stasc"

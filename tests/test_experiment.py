@@ -8,12 +8,14 @@ import torch
 from conftest import tiny_model
 
 from stasc.algorithm import SelfRefine, STaR, STaSC
+from stasc.answers import WholeCompletion
 from stasc.errors import UserError
 from stasc.experiment import Evaluation, Experiment
+from stasc.metrics import chosen
 from stasc.model_folder import ModelFolder
 from stasc.prompting import Dialogue, Message
 from stasc.reward import Reward
-from stasc.run import Run
+from stasc.run import Run, read_json, write_json
 from stasc.sampling import Sampling, TransformersSampler
 from stasc.trajectory import Question
 
@@ -51,6 +53,7 @@ def make(model, tmp_path):
             "sampler": TransformersSampler(),
             "dialogue": dialogue,
             "training_dialogue": dialogue,
+            "answer": WholeCompletion(),
             "reward": Parity(),
             "questions": QUESTIONS,
             "sampling": SAMPLING,
@@ -104,6 +107,52 @@ def test_evaluation_writes_its_metrics_and_every_round(make):
     rounds, again = experiment.test()
     assert [len(trajectories) for trajectories in rounds] == [10, 10, 10]
     assert set(again) == set(metrics) - {"iteration"}
+
+
+def test_validation_questions_choose_the_model_and_the_test_set_waits(make):
+    validation = [Question(f"v{i}", f"validation {i}?", ("a",)) for i in range(20)]
+    evaluation = Evaluation(SAMPLING, test_every=3)
+    experiment = make(
+        SelfRefine(rounds=3), evaluation=evaluation, questions={**QUESTIONS, "validation": validation}
+    )
+    metrics = experiment.evaluate(0)
+    assert set(metrics["validation"]) == set(metrics["test"])
+    assert metrics["validation"]["count"] == 20
+    assert set(metrics) == {"iteration", "validation", "test", "rounds"}
+    validated, found = experiment.validate()
+    assert len(validated[0]) == 20
+    assert set(found) == {"validation"}
+
+
+def iterations_with_validation(*rewards: float) -> list[dict]:
+    return [{"iteration": n, "validation": {"r2": reward}} for n, reward in enumerate(rewards)]
+
+
+@pytest.mark.parametrize(("rewards", "best"), [((0.1, 0.4, 0.3), 1), ((0.4, 0.2, 0.4), 0), ((0.5,), 0)])
+def test_the_first_of_the_best_on_validation_is_chosen(rewards, best):
+    assert chosen(iterations_with_validation(*rewards)) == best
+
+
+def test_the_chosen_model_is_tested_if_it_was_not(make):
+    """M_1 and M_2 are M_0's folder again, as after two empty D_n, but M_1 is given the best validation."""
+    experiment = make(
+        STaSC("EIE", iterations=2),
+        evaluation=Evaluation(SAMPLING, test_every=2),
+        questions={**QUESTIONS, "validation": QUESTIONS["test"]},
+    )
+    experiment.model_folder = lambda n: experiment.base.path
+    experiment.load = lambda n: None
+    for n in (1, 2):
+        write_json(experiment.run.iteration(n).training, {"dataset": {"size": 0}})
+    assert ["test" in experiment.evaluate(n) for n in range(3)] == [True, False, True]
+    path = experiment.run.iteration(1).metrics
+    before = read_json(path)
+    write_json(path, {**before, "validation": before["validation"] | {"r2": 1.0}})
+    assert experiment.choose() == 1
+    after = read_json(path)
+    assert after["test"]["count"] == 5
+    assert set(after) == {*before, "test"}
+    assert make(STaSC("EIE"), started=False).choose() is None
 
 
 def test_draws_of_m0_stay_for_other_runs_and_those_of_others_do_not(make, tmp_path):

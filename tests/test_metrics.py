@@ -5,6 +5,7 @@ import math
 import pytest
 from conftest import answer, corrected
 
+from stasc.answers import AfterMarker, WholeCompletion
 from stasc.metrics import (
     correction_metrics,
     dataset_sizes,
@@ -49,7 +50,7 @@ def test_means_and_transitions_count_every_sample():
 def test_an_answer_that_was_not_asked_again_stands_in_later_turns():
     once = SAMPLES[2].upto(1)
     assert reward_metrics([once], 1.0)["r2"] == 1
-    found = evaluation_metrics([[once, SAMPLES[3]]] * 3, None, 1.0, MARKER)
+    found = evaluation_metrics([[once, SAMPLES[3]]] * 3, None, 1.0, WholeCompletion(), MARKER)
     assert found["rounds"] == {"r1": 0.5, "r2": 1.0, "r3": 1.0, "r4": 1.0}
 
 
@@ -92,7 +93,7 @@ def test_an_empty_dataset_is_explained_in_counts():
 
 
 def test_pass_at_k_and_the_majority_vote():
-    found = sample_metrics(SAMPLES, 1.0, MARKER)
+    found = sample_metrics(SAMPLES, 1.0, WholeCompletion(), MARKER)
     assert found["k"] == 3
     assert (found["pass_r1"], found["pass_r2"]) == (1.0, 0.5)
     # "the X." and "x" are one answer; among equals in b's second turn the first drawn, "x", is taken.
@@ -104,6 +105,9 @@ def test_the_majority_vote_looks_behind_the_marker_that_it_is_given():
         corrected(Question("a", "?"), answer(f"{i} -> {text}", reward, i), answer())
         for i, (text, reward) in enumerate([("x", 1.0), ("y", 0.0), ("y", 0.0)])
     ]
-    assert sample_metrics(samples, 1.0, "->")["majority_r1"] == 0.0
+    whole = WholeCompletion()
+    assert sample_metrics(samples, 1.0, whole, "->")["majority_r1"] == 0.0
     for no_marker in (None, "=>"):  # whole completions differ, and the first is taken
-        assert sample_metrics(samples, 1.0, no_marker)["majority_r1"] == 1.0
+        assert sample_metrics(samples, 1.0, whole, no_marker)["majority_r1"] == 1.0
+        # What data.answer finds is voted on, too.
+        assert sample_metrics(samples, 1.0, AfterMarker("->"), no_marker)["majority_r1"] == 0.0

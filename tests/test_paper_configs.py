@@ -138,7 +138,7 @@ def test_the_configuration_holds_the_papers_numbers(stasc, name):
         == data["evaluation"]["sampling"]
         == {"temperature": 0.6, "top_p": 0.9, "max_tokens": 256}
     )
-    assert data["reward"] == {"class_path": "stasc.reward.InAccuracy", "init_args": {"marker": None}}
+    assert data["reward"] == {"class_path": "stasc.reward.InAccuracy"}
     assert (data["batches"]["size"], data["evaluation"]["samples"], data["training_prompts"]) == (8, 1, None)
     assert trainer["accumulate_grad_batches"] == 1
     assert (trainer["accelerator"], trainer["devices"], trainer["precision"]) == ("gpu", 2, "bf16-mixed")

@@ -324,7 +324,7 @@ def test_only_what_a_reward_looks_at_is_marked(tmp_path):
     parts = pieces("Ruth? Final Answer: Ruth", ["Ruth"], "final answer:")
     assert parts == ["Ruth? Final Answer: ", "Ruth", ""]
     assert pieces("Ruth", ["Ruth"], "final answer:") == ["Ruth"]
-    run = make_run(tmp_path / "run", ONE, data__reward__init_args__marker="it is")
+    run = make_run(tmp_path / "run", ONE, data__answer__init_args__marker="it is")
     write_iteration(run, 0, [trajectory(question, "01") for question in questions("test", 6)], [], 0, {})
     report(run, "--out", tmp_path / "out")
     answers = Page(tmp_path / "out/index.html").data["trajectories"][0][2]

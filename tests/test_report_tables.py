@@ -11,6 +11,7 @@ from report_runs import make_run, numbers, report, rows, write_paper
 from scipy import stats
 
 from stasc.report.table import Column, Table, markdown, to_frame
+from stasc.run import Run, read_json, write_json
 
 MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
 T_OF_ONE = 12.706205  # the 97.5 % quantile of t with one degree of freedom
@@ -133,6 +134,45 @@ def test_a_maximum_may_be_that_of_m0_and_the_final_iteration_shows_the_collapse(
     (row,) = rows(tmp_path / "out", "table2")
     assert numbers(row, "max_r2", "max_r2_iterations", "final_r2") == pytest.approx([5 / 6, 0, 0])
     assert float(row["difference"]) == pytest.approx(-5 / 6)
+
+
+def add_validation(folder: Path, *rewards: float) -> None:
+    """Give the iterations of a run validation rewards r(Y2)."""
+    for n, reward in enumerate(rewards):
+        path = Run(folder).iteration(n).metrics
+        write_json(path, read_json(path) | {"validation": {"r2": reward}})
+
+
+def untest(folder: Path, n: int) -> None:
+    """Leave iteration n as one that was not evaluated on the test questions."""
+    files = Run(folder).iteration(n)
+    files.test_answers(2).unlink()
+    write_json(files.metrics, {k: v for k, v in read_json(files.metrics).items() if k != "test"})
+
+
+def test_the_iteration_that_validation_chooses_is_beside_the_last_and_the_papers_maximum(tmp_path):
+    tests = [("000000", "100000"), ("000000", "111110"), ("000000", "110000"), ("000000", "111000")]
+    for seed, rewards in enumerate([(0.1, 0.2, 0.4, 0.4), (0.4, 0.3, 0.2, 0.1)], start=1):
+        run = make_run(tmp_path / f"{seed}", tests, seed=seed)
+        add_validation(run, *rewards)
+        untest(run, 1)
+    report(tmp_path, "--out", tmp_path / "out")
+    (row,) = rows(tmp_path / "out", "table2")
+    found = numbers(row, "chosen_r2", "max_r2", "final_r2")
+    assert found == pytest.approx([(2 / 6 + 1 / 6) / 2, 3 / 6, 3 / 6]), "M_1, not tested, is no maximum"
+    assert (row["chosen_r2_iterations"], row["max_r2_iterations"]) == ("0 2", "3")
+    text = (tmp_path / "out/report.md").read_text()
+    assert "| best by validation r(Y2) |" in text
+    curves = rows(tmp_path / "out", "curves")
+    assert [row["validation_r2"] for row in curves[:4]] == ["0.1", "0.2", "0.4", "0.4"]
+    assert (curves[1]["r2"], curves[1]["wrong_to_right"]) == ("", "")
+
+
+def test_without_validation_questions_nothing_is_said_of_them(tmp_path):
+    make_run(tmp_path / "a", [("000000", "111100"), ("111100", "110000")])
+    report(tmp_path, "--out", tmp_path / "out")
+    assert rows(tmp_path / "out", "table2")[0]["chosen_r2"] == ""
+    assert "best by validation r(Y2)" not in (tmp_path / "out/report.md").read_text()
 
 
 def test_table_1_has_the_grid_and_table_2_the_variants(tmp_path):

@@ -7,19 +7,19 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from stasc.errors import UserError
+from stasc.answers import AfterMarker
 from stasc.reward import (
     F1,
     ExactMatch,
     InAccuracy,
     Reward,
     SelfCorrection,
-    after_marker,
     exact_match,
     f1,
     in_accuracy,
     normalize,
 )
+from stasc.trajectory import Question
 
 MARKER = "Final Answer:"
 
@@ -49,8 +49,11 @@ GRADER = {
 @pytest.mark.parametrize("case", GRADER)
 def test_agrees_with_the_released_grader(case):
     prediction, references, *expected = GRADER[case]
-    rewards = [InAccuracy(), InAccuracy(MARKER), ExactMatch(), F1()]
-    assert [reward(prediction, references) for reward in rewards] == pytest.approx(expected, abs=5e-5)
+    final = AfterMarker(MARKER).find(prediction)
+    rewards = [InAccuracy(), InAccuracy(), ExactMatch(), F1()]
+    answers = [prediction, final, prediction, prediction]
+    found = [reward.score(answer, references) for reward, answer in zip(rewards, answers, strict=True)]
+    assert found == pytest.approx(expected, abs=5e-5)
 
 
 # Intended differences from the released grader.
@@ -188,39 +191,36 @@ def test_one_string_is_not_a_list_of_references(reward):
         reward("a plan", "Paris")
 
 
-# The marker and the classes.
-
-
-def test_after_marker():
-    assert after_marker("x FINAL ANSWER: y Final Answer: z", MARKER) == " y Final Answer: z"
-    assert after_marker("no marker", MARKER) == ""
-    assert after_marker("what (a+b)? c", "(A+B)?") == " c"  # not a pattern
-
-
-def test_after_marker_is_right_after_letters_whose_lower_case_is_longer():
-    assert after_marker("İİİ Final Answer: Paris", MARKER) == " Paris"
-
-
-@pytest.mark.parametrize("marker", ["", " "])
-def test_a_blank_marker_is_refused(marker):
-    with pytest.raises(UserError, match="marker"):
-        InAccuracy(marker)
+# The classes.
 
 
 class SameLength(Reward):
-    def __init__(self, slack: int, marker: str | None = None):
-        super().__init__(marker)
+    def __init__(self, slack: int):
         self.slack = slack
 
-    def score(self, prediction, references):
-        return float(any(abs(len(prediction) - len(reference)) <= self.slack for reference in references))
+    def score(self, answer, references):
+        return float(any(abs(len(answer) - len(reference)) <= self.slack for reference in references))
 
 
-def test_a_custom_reward():
-    reward = SameLength(slack=1, marker="=")
-    assert [reward("x =abc", ["xyz1"]), reward("x =abc", ["xyz12"])] == [1, 0]
-    with pytest.raises(TypeError):
-        Reward()
+class SaysTheName(Reward):
+    def judge(self, answer, question):
+        return float(question.entry["name"] in answer)
+
+
+def test_a_reward_of_two_arguments():
+    reward = SameLength(slack=1)
+    assert [reward.judge("abc", Question("q", "?", (r,))) for r in ("xyz1", "xyz12")] == [1, 0]
+
+
+def test_a_reward_that_sees_the_whole_question():
+    assert SaysTheName().judge("I am Tim", Question("q", "?", entry={"name": "Tim"})) == 1
+    with pytest.raises(NotImplementedError, match="SaysTheName"):
+        SaysTheName().score("I am Tim", ["Tim"])
+
+
+def test_a_reward_that_judges_nothing_is_refused():
+    with pytest.raises(TypeError, match="Nothing must implement"):
+        type("Nothing", (Reward,), {})
 
 
 # The metrics.

@@ -7,15 +7,16 @@ import torch
 from conftest import answer, corrected, tiny_model
 
 from stasc.algorithm import Turn
+from stasc.answers import LastNumber, WholeCompletion
 from stasc.errors import UserError
 from stasc.experiment import unanswered
 from stasc.model_folder import ModelFolder
 from stasc.prompting import Dialogue, Message
-from stasc.reward import InAccuracy
+from stasc.reward import InAccuracy, Reward
 from stasc.rollout import Rollout
 from stasc.sampling import Draw, Request, Sampling, TransformersSampler
 from stasc.sampling.journal import Journal
-from stasc.trajectory import Question, Trajectory
+from stasc.trajectory import Question, Trajectory, to_json
 
 PROMPTS = {
     "initial": [Message("user", "{question}")],
@@ -49,7 +50,7 @@ def rollout(model, tmp_path):
     sampler = Listening(batch_size=4)
     sampler.start(model, device=torch.device("cpu"), context=256, log=tmp_path / "log")
     dialogue = Dialogue(ModelFolder(model).tokenizer(), PROMPTS)
-    return Rollout(sampler, dialogue, InAccuracy(), seed=1, context=256)
+    return Rollout(sampler, dialogue, WholeCompletion(), InAccuracy(), seed=1, context=256)
 
 
 def test_answers_are_in_order_and_scored(rollout):
@@ -61,7 +62,7 @@ def test_answers_are_in_order_and_scored(rollout):
     for trajectory in second:
         for found, prompt in zip(trajectory.answers, ("initial", "correction"), strict=True):
             assert found.prompt == prompt
-            assert found.reward == reward(found.text, trajectory.question.references)
+            assert found.reward == reward.judge(found.text, trajectory.question)
 
 
 def test_draws_follow_from_seed_stage_question_and_numbers_alone(rollout):
@@ -117,6 +118,21 @@ def test_a_reward_that_is_no_number_from_0_to_1_is_named_at_the_first_answer(rol
     rollout.reward = Mine()
     with pytest.raises(UserError, match=r"the reward Mine gave .* for an answer to question 'q\d'"):
         rollout.ask(QUESTIONS, INITIAL, SAMPLING, "iteration 1")
+
+
+def test_the_reward_gets_the_answer_that_was_found_and_the_whole_question(rollout):
+    seen = []
+
+    class Seen(Reward):
+        def judge(self, answer, question):
+            seen.append((answer, question.entry["row"]))
+            return 1.0
+
+    rollout.answer, rollout.reward = LastNumber(), Seen()
+    asked = [Trajectory(Question("q", "2 + 2?", entry={"row": 7}))]
+    [trajectory] = rollout.ask(asked, Turn("initial"), SAMPLING, "iteration 1")
+    assert seen == [(LastNumber().find(trajectory.answers[0].text), 7)]
+    assert "entry" not in to_json(trajectory)
 
 
 # ---------------------------------------------------------------- draws on disk

@@ -82,7 +82,6 @@ class PaysInIteration(InAccuracy):
     """In-accuracy in one iteration, which is known by counting the calls, and 0 before and after it."""
 
     def __init__(self, iteration: int, calls_per_iteration: int) -> None:
-        super().__init__()
         self.iteration = iteration
         self.calls_per_iteration = calls_per_iteration
         self.calls = 0

@@ -37,7 +37,7 @@ def embed(systems: Sequence[System], at_most: int) -> dict[str, Any]:
     strata, shown = [], []
     runs = {f"{system.name}, seed {run.record.seed}": run for system in systems for run in system.runs}
     for index, run in enumerate(runs.values()):
-        marker = run.record.options.get("data.reward.init_args.marker")
+        marker = run.record.options.get("data.answer.init_args.marker")
         for stratum, (count, kept) in _sample(index, run, at_most).items():
             for trajectory in kept:
                 question = trajectory.question
@@ -100,7 +100,9 @@ def _sample(index: int, run: RunResult, at_most: int) -> dict[Stratum, tuple[int
 def _files(run: RunResult, n: int) -> Iterator[tuple[str, int, Path]]:
     """The answers of iteration ``n``: name of the split, the turn they end with, and the file."""
     iteration = Run(run.folder).iteration(n)
-    yield "test", 2, iteration.test_answers(2)
+    for name, path in (("test", iteration.test_answers(2)), ("validation", iteration.validation)):
+        if path.is_file():
+            yield name, 2, path
     for path in sorted(iteration.folder.glob("test-*.jsonl")):
         turn = re.fullmatch(r"test-turn-(\d+)", path.stem)
         yield path.stem.replace("-", ", ", 1).replace("-", " "), int(turn[1]) if turn else 2, path

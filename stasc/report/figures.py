@@ -250,18 +250,18 @@ def _gains(name: str, panel: Panel) -> Picture | None:
 
 
 def _transitions(name: str, system: System) -> Picture:
-    iterations = range(max(run.last for run in system.runs) + 1)
-    counts = system.curves[list(_TRANSITIONS)]
-    shares = counts.div(counts.sum(axis=1), axis=0).groupby(system.curves["iteration"]).mean()
+    tested = system.curves.dropna(subset=list(_TRANSITIONS))
+    counts = tested[list(_TRANSITIONS)]
+    shares = counts.div(counts.sum(axis=1), axis=0).groupby(tested["iteration"]).mean()
     labels = {key: key.replace("_to_", " → ") for key in _TRANSITIONS}
 
     def paint(axes: Axes) -> None:
         below = 0.0
         for key, color in _TRANSITIONS.items():
-            axes.bar(iterations, shares[key], bottom=below, color=color, width=0.8, label=labels[key])
+            axes.bar(shares.index, shares[key], bottom=below, color=color, width=0.8, label=labels[key])
             below += shares[key]
         axes.set_ylim(0, 1)
-        axes.set_xlim(-0.6, len(iterations) - 0.4)
+        axes.set_xlim(-0.6, shares.index.max() + 0.6)
         _legend(axes, reverse=True, handlelength=0.9)
 
     final = "; ".join(f"{labels[key]} {shares[key].iloc[-1]:.2f}" for key in _TRANSITIONS)

@@ -23,7 +23,7 @@ _FURTHER = re.compile(r"greedy\.r[12]|samples\.(k|(pass|majority)_r[12])|rounds\
 
 @dataclass(frozen=True)
 class Point:
-    """What is known of M_n; what is unknown is None or empty.
+    """What is known of M_n; what is unknown, as where it was not tested, is None or empty.
 
     Attributes:
         r1: Mean reward of its initial answers to the test questions.
@@ -31,6 +31,7 @@ class Point:
         size: |D_n|, in trajectories.
         transitions: Number of test trajectories by name of ``TRANSITIONS``.
         repeated: Share of the corrections with the same words as the answer that they correct.
+        validation: Mean reward of its corrections to the validation questions.
         further: Other metrics by their names in ``metrics.json``, such as ``greedy.r2``.
         rewards: For each test question's id the means of r(y1) and r(y2) over its samples.
     """
@@ -40,6 +41,7 @@ class Point:
     size: float | None = None
     transitions: dict[str, int] = field(default_factory=dict)
     repeated: float | None = None
+    validation: float | None = None
     further: dict[str, float] = field(default_factory=dict)
     rewards: dict[str, tuple[float, float]] = field(default_factory=dict)
 
@@ -66,6 +68,12 @@ class RunResult:
     def finished(self) -> bool:
         """Whether that is the last one that was asked for."""
         return self.last >= self.record.iterations
+
+    @property
+    def chosen(self) -> int | None:
+        """The iteration whose corrections are best on the validation questions, the first of equals."""
+        rewards = [point.validation for point in self.points]
+        return None if None in rewards else rewards.index(max(rewards))
 
     @property
     def gains(self) -> list[tuple[float, float]]:
@@ -117,7 +125,7 @@ def _read(folder: Path, name: str) -> RunResult:
         raise UserError(f"{path} is missing, although later iterations have one.")
     points, test_sets = zip(*(_point(run, n) for n in evaluated), strict=True)
     for n, test_set in enumerate(test_sets):
-        if test_set != test_sets[0]:
+        if test_set and test_set != test_sets[0]:
             later, first = (run.iteration(i).test_answers(2) for i in (n, 0))
             raise UserError(f"{later} has other questions than {first}.")
     record = run.read_system()
@@ -126,10 +134,14 @@ def _read(folder: Path, name: str) -> RunResult:
 
 
 def _point(run: Run, n: int) -> tuple[Point, frozenset[Question]]:
-    """What is known of M_n, and its test questions."""
+    """What is known of M_n, and the test questions if it was tested."""
     iteration = run.iteration(n)
     path, test = iteration.metrics, iteration.test_answers(2)
     metrics = _metrics(path)
+    size = _number(metrics, "dataset.size", path) if n else None
+    validation = _number(metrics, "validation.r2", path) if "validation.r2" in metrics else None
+    if n and not any(name.startswith("test.") for name in metrics):
+        return Point(None, None, size, validation=validation), frozenset()
     samples: dict[Question, list[tuple[float, float]]] = defaultdict(list)
     repeats = []
     for trajectory in trajectories(test):
@@ -139,9 +151,10 @@ def _point(run: Run, n: int) -> tuple[Point, frozenset[Question]]:
     point = Point(
         r1=_number(metrics, "test.r1", path),
         r2=_number(metrics, "test.r2", path),
-        size=_number(metrics, "dataset.size", path) if n else None,
+        size=size,
         transitions={key: int(_number(metrics, f"test.{key}", path)) for key in TRANSITIONS},
         repeated=fmean(repeats) if repeats else None,
+        validation=validation,
         further={key: _number(metrics, key, path) for key in metrics if _FURTHER.fullmatch(key)},
         rewards={
             question.id: (fmean(r1 for r1, _ in pairs), fmean(r2 for _, r2 in pairs))

@@ -90,8 +90,10 @@ class System:
 
     @property
     def final(self) -> int:
-        """The last iteration that all counted runs have."""
-        return min(run.last for run in self.counted)
+        """The last iteration in which all counted runs were tested."""
+        last = min(run.last for run in self.counted)
+        tested = (n for n in range(last, 0, -1) if all(run.points[n].rewards for run in self.counted))
+        return last if self.paper else next(tested, 0)
 
     @cached_property
     def curves(self) -> pd.DataFrame:
@@ -108,6 +110,7 @@ class System:
                 "r2": point.r2,
                 "delta": None if point.r1 is None or point.r2 is None else point.r2 - point.r1,
                 "repeated": point.repeated,
+                "validation_r2": point.validation,
                 "dataset_size": point.size,
                 **{name: point.transitions.get(name) for name in TRANSITIONS},
             }

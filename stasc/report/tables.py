@@ -52,17 +52,27 @@ def _summary(system: System) -> dict[str, Any]:
         "final_iteration": system.final,
     }
     for turn in TURNS:
+        # An iteration that was not tested is none to choose from; an unknown value of the paper's might be
+        # the highest.
         curves = [
-            [getattr(point, turn) for point in run.points[: system.final + 1]] for run in system.counted
+            {
+                n: getattr(point, turn)
+                for n, point in enumerate(run.points[: system.final + 1])
+                if system.paper or point.rewards
+            }
+            for run in system.counted
         ]
-        # An unknown value might be the highest.
-        known = not any(None in curve for curve in curves)
+        known = not any(None in curve.values() for curve in curves)
+        best = [max(curve, key=curve.__getitem__) if known else None for curve in curves]
         record[f"m0_{turn}"] = over_seeds([curve[0] for curve in curves]).mean
-        record |= _spread(f"max_{turn}", [max(curve) if known else None for curve in curves])
-        record[f"max_{turn}_deviation"] = fmean(map(pstdev, curves)) if known else None
-        at = {curve.index(max(curve)) for curve in curves} if known else ()
-        record[f"max_{turn}_iterations"] = " ".join(map(str, sorted(at))) or None
-        record |= _spread(f"final_{turn}", [curve[-1] for curve in curves])
+        record |= _spread(f"max_{turn}", [curve.get(n) for n, curve in zip(best, curves, strict=True)])
+        deviations = [pstdev(curve.values()) for curve in curves] if known else None
+        record[f"max_{turn}_deviation"] = fmean(deviations) if deviations else None
+        record[f"max_{turn}_iterations"] = _iterations(best)
+        record |= _spread(f"final_{turn}", [curve[system.final] for curve in curves])
+    chosen = [run.chosen for run in system.counted]
+    rewards = [None if n is None else run.points[n].r2 for run, n in zip(system.counted, chosen, strict=True)]
+    record |= _spread("chosen_r2", rewards) | {"chosen_r2_iterations": _iterations(chosen)}
     record |= _delta(system)
     if system.paper or system.final == 0:
         return record | dict.fromkeys(Paired._fields)
@@ -83,6 +93,11 @@ def _delta(system: System) -> dict[str, float | None]:
     test = paired_test(gains)._asdict()
     names = {"delta": "difference", "delta_low": "difference_low", "delta_high": "difference_high"}
     return shown | {name: test[key] for name, key in names.items()} | {"delta_p": test["p"]}
+
+
+def _iterations(numbers: Sequence[int | None]) -> str | None:
+    """The iterations of several runs, each once; None if one is unknown."""
+    return None if None in numbers else " ".join(map(str, sorted(set(numbers))))
 
 
 def _spread(name: str, values: Sequence[float | None]) -> dict[str, float | None]:
@@ -127,13 +142,17 @@ def _rewards_table(
     name: str, title: str, systems: Sequence[System], summary: pd.DataFrame, group_by: Sequence[str]
 ) -> Table:
     note = (
-        "max: the highest of iterations 0 to N, so it may be that of M₀; ± is the population standard "
-        "deviation over the iterations of a run, as in the paper, and n the iteration of the maximum. final: "
-        "the last iteration. Δ: final r(Y2) less r(Y1) of the same model, whether a second look helps. [ ]: "
-        "95 % intervals, over seeds (t) and, for differences, over test questions (bootstrap); a single seed "
-        "has none. Bold: best of its group. p: paired sign-flip tests, of Δ and of r(y2) against M₀ of the "
-        "same runs, over so many test questions (qu.)."
+        "max: the highest of iterations 0 to N on the test questions, as in the paper: it may be that of M₀, "
+        "and it is chosen on what it is measured on. ± is the population standard deviation over the "
+        "iterations of a run, n the iteration. best by validation: the test reward of the iteration that is "
+        "best on the validation questions. final: the last iteration. Δ: final r(Y2) less r(Y1) of the same "
+        "model, whether a second look helps. [ ]: 95 % intervals, over seeds (t) and, for differences, over "
+        "test questions (bootstrap); a single seed has none. Bold: best of its group. p: paired sign-flip "
+        "tests, of Δ and of r(y2) against M₀ of the same runs, over so many test questions (qu.)."
     )
+    frame = _with_holm(summary.loc[[system.name for system in systems]])
+    detail = partial(_best_detail, name="chosen_r2")
+    chosen = Column("best by validation r(Y2)", "chosen_r2", ".3f", detail, bold=True)
     best, final = [], []
     for r, turn in TURNS.items():
         shown = partial(_best, name=f"max_{r}"), partial(_best_detail, name=f"max_{r}")
@@ -146,11 +165,11 @@ def _rewards_table(
         Column("M₀ r(Y2)", "m0_r2", ".3f"),
         *best,
         *final,
+        *([chosen] if frame["chosen_r2"].notna().any() else []),
         Column("final Δ", "delta", "+.3f", _delta_detail),
         Column("final r(Y2) less M₀", "difference", _gain, _DIFFERENCE_INTERVAL),
         Column("p", "p", _p, _questions),
     )
-    frame = _with_holm(summary.loc[[system.name for system in systems]])
     return Table(name, title, note, frame, columns, group_by)
 
 
@@ -290,7 +309,7 @@ def runs_table(systems: Sequence[System]) -> Table:
     records = []
     for system in systems:
         for run in system.runs if not system.paper else ():
-            point = run.points[-1]
+            point = next(point for point in reversed(run.points) if point.rewards)
             errors = [standard_error([pair[turn] for pair in point.rewards.values()]) for turn in (0, 1)]
             records.append(
                 {
@@ -324,7 +343,7 @@ def runs_table(systems: Sequence[System]) -> Table:
         Column("Test questions", "test_questions"),
         *(Column(turn, r, ".3f", partial(error, name=f"{r}_se")) for r, turn in TURNS.items()),
     )
-    note = "The last evaluated iteration of each run. SE: standard error over test questions."
+    note = "The last tested iteration of each run. SE: standard error over test questions."
     return Table("runs", "Runs", note, to_frame(records), columns)
 
 

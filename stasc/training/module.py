@@ -62,7 +62,8 @@ class CorrectionSFT(LightningModule):
     iteration (section 3 and appendix A of the paper).
 
     Args:
-        base: M_0, a model folder or hub id; ``demo`` is the small model of the built-in demo task.
+        base: M_0, a model folder or hub id; or a model that is made on first use: ``demo``, the small one of
+            the built-in demo task, or ``smollm2-135m``, SmolLM2-135M-Instruct from a Python package.
         learning_rate: Peak of the schedule.
         weight_decay: Of AdamW.
         warmup_ratio: Share of an iteration's steps that warm up.
