@@ -223,24 +223,3 @@ def test_the_readmes_own_task(stasc, tmp_path):
     assert process.returncode == 0, process.stderr
     questions = [json.loads(line)["question"] for line in (tmp_path / "run/test.jsonl").open()]
     assert [question["text"] for question in questions] == ["Why 0?", "Why 1?", "Why 2?"]
-
-
-@pytest.mark.slow
-def test_the_program_does_not_need_the_repository_as_working_folder(tmp_path, cache):
-    """Run as installed, from elsewhere."""
-    process = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "stasc",
-            "fit",
-            "--config",
-            ROOT / "configs/quickstart.yaml",
-            "--print_config",
-        ],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr
