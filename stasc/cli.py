@@ -88,9 +88,7 @@ class STaSCCLI(LightningCLI):
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """The parser of a subcommand, whose configs are ``ConfigFile``s."""
         parser = LightningArgumentParser(**kwargs)
-        parser.add_argument(
-            "-c", "--config", action=ConfigFile, help="A file or a name; later ones go on top."
-        )
+        parser.add_argument("-c", "--config", action=ConfigFile, help="A file or name; later ones go on top.")
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
