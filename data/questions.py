@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,10 +54,11 @@ class QuestionFile(QuestionSource):
     Args:
         path: A ``.jsonl`` file with one object per line, a hub id such as ``user/name``, or a folder with
             the files of a hub data set.
-        question: Column with the text of the question.
-        references: Column with the accepted answers: a list of strings, or one string.
+        question: Column with the text of the question. A dot leads into a column: ``answer.aliases``.
+        references: Column with the accepted answers: a string or a number, or a list of them.
         id: Column with a unique id; by default rows are numbered from 1.
-        split: Split of a hub data set, or a slice of one such as ``train[:500]``.
+        split: Split of a hub data set, or slices such as ``train[:500]`` or ``train[:9]+train[90:99]``.
+        name: Configuration of a hub data set that has several.
     """
 
     def __init__(
@@ -67,15 +68,17 @@ class QuestionFile(QuestionSource):
         references: str = "references",
         id: str | None = None,
         split: str = "train",
+        name: str | None = None,
     ) -> None:
         self.path = path
         self.question = question
         self.references = references
         self.id = id
         self.split = split
+        self.name = name
 
     def load(self, *, with_references: bool = True) -> list[Question]:
-        """See ``QuestionSource.load``."""
+        """See ``QuestionSource.load``; the row is the question's entry."""
         questions: dict[str, Question] = {}
         for number, (location, row) in enumerate(self._rows(), start=1):
             question = self._question(location, number, row, with_references)
@@ -99,7 +102,7 @@ class QuestionFile(QuestionSource):
         from datasets import load_dataset  # slow: it imports pandas and more
 
         try:
-            rows = load_dataset(self.path, split=self.split)
+            rows = load_dataset(self.path, self.name, split=self.split)
         except Exception as error:  # the hub client raises many unrelated types
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise UserError(
@@ -111,12 +114,15 @@ class QuestionFile(QuestionSource):
 
     def _question(self, location: str, number: int, row: dict[str, Any], with_references: bool) -> Question:
         def column(name: str, option: str) -> Any:
-            if name not in row:
-                raise UserError(
-                    f"{location}: there is no column '{name}' (columns: {', '.join(row)}); "
-                    f"name it with `{option}`."
-                )
-            return row[name]
+            value: Any = row
+            for part in [name] if name in row else name.split("."):
+                if not isinstance(value, Mapping) or part not in value:
+                    raise UserError(
+                        f"{location}: there is no column '{name}' (columns: {', '.join(row)}); "
+                        f"name it with `{option}`."
+                    )
+                value = value[part]
+            return value
 
         text = column(self.question, "question")
         if not isinstance(text, str) or not text.strip():
@@ -124,14 +130,16 @@ class QuestionFile(QuestionSource):
         references: Any = []
         if with_references or self.references in row:
             references = column(self.references, "references")
-            references = [references] if isinstance(references, str) else references
-            if not isinstance(references, list) or not all(isinstance(r, str) for r in references):
-                raise UserError(f"{location}: '{self.references}' must be a string or a list of strings.")
-            references = [reference for reference in references if reference.strip()]
+            references = references if isinstance(references, list) else [references]
+            if not all(isinstance(r, str | int | float) and not isinstance(r, bool) for r in references):
+                raise UserError(
+                    f"{location}: '{self.references}' must be a string, a number, or a list of them."
+                )
+            references = [str(reference) for reference in references if str(reference).strip()]
             if with_references and not references:
                 raise UserError(f"{location}: '{self.references}' is empty, so no answer could be right.")
         question_id = str(column(self.id, "id")) if self.id else str(number)
-        return Question(question_id, text, tuple(references))
+        return Question(question_id, text, tuple(references), row)
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

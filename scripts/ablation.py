@@ -1,8 +1,9 @@
-"""Common code of the ablation scripts: start many runs of ``python -m stasc fit``, each in its own folder."""
+"""Common code of the scripts: start many runs of ``python -m stasc fit``, each in its own folder."""
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
 import shlex
 import signal
@@ -12,6 +13,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO, Self
 
 from stasc.errors import UserError
 from stasc.house import config_file
@@ -118,6 +120,18 @@ class Job:
     configs: tuple[str, ...]
     command: tuple[str, ...]
 
+    @classmethod
+    def of(
+        cls, folder: Path, root: Path, configs: Sequence[str], options: Sequence[str], seed: int, reuse: Path
+    ) -> Self:
+        """A run with ``options`` of ``fit`` in ``folder``, named after its place in ``root``."""
+        command = [sys.executable, "-m", "stasc", "fit"]
+        for config in configs:
+            command += ["--config", config]
+        # The options under comparison come last, so that no other option overrides them.
+        command += ["--reuse", str(reuse), *options, "--seed_everything", str(seed), "--run_dir", str(folder)]
+        return cls(str(folder.relative_to(root)), folder, tuple(configs), tuple(command))
+
     @property
     def log(self) -> Path:
         """The output of the run; the first line is its command."""
@@ -132,14 +146,31 @@ class Job:
             return False
         if not (self.log.is_file() and last.metrics.is_file()):
             return False
-        edited = max(Path(config).stat().st_mtime for config in self.configs)
+        edited = max((Path(config).stat().st_mtime for config in self.configs), default=0.0)
         with self.log.open(encoding="utf-8") as lines:
             return lines.readline() == f"{shlex.join(self.command)}\n" and edited < self.log.stat().st_mtime
 
+    def under_way(self) -> bool:
+        """Whether a process still writes the log, such as one that a killed script left behind."""
+        if not self.log.is_file():
+            return False
+        with self.log.open("a") as log:
+            return not _lock(log)
+
     def start(self, slot: Slot) -> subprocess.Popen[bytes]:
-        """Start or resume the run."""
+        """Start or resume the run.
+
+        Raises:
+            UserError: It is under way already.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
-        with self.log.open("w", encoding="utf-8") as log:
+        with self.log.open("a", encoding="utf-8") as log:
+            if not _lock(log):  # the process and its own ones keep the lock as long as they can write the log
+                raise UserError(
+                    f"{self.folder} has a run under way, which a killed script may have left behind: wait "
+                    "for its end, and run the same command again."
+                )
+            log.truncate(0)
             print(shlex.join(self.command), file=log, flush=True)
             return subprocess.Popen(
                 [*self.command, *slot.options],
@@ -147,13 +178,22 @@ class Job:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                start_new_session=True,  # keeps Ctrl-C from the run; `_stop` interrupts it
+                start_new_session=True,  # keeps Ctrl-C from the run; `stop` interrupts it
             )
 
     def last_line(self) -> str:
         """The last non-blank line of the log."""
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
         return next(line for line in reversed(lines) if line.strip())
+
+
+def _lock(log: IO[str]) -> bool:
+    """Lock a log for this process and those that inherit it, unless others have locked it."""
+    try:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def run(
@@ -176,33 +216,38 @@ def run(
         out = arguments.out / Path(configs[0]).stem if len(arguments.config) > 1 else arguments.out
         for system, options in systems.items():
             options = (*run_options, *options)
-            jobs += [_job(arguments.out, out, system, seed, configs, options) for seed in arguments.seeds]
+            for seed in arguments.seeds:
+                folder = out / system / f"seed-{seed}"
+                jobs.append(Job.of(folder, arguments.out, configs, options, seed, reuse=out))
     if len({job.folder for job in jobs}) < len(jobs):
         print("two runs would share a folder: give every seed, number and config once.", file=sys.stderr)
         return 2
-    signals_received: list[int] = []
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda received, _: signals_received.append(received))
-    failed = _run_all(jobs, free_slots, signals_received)
+    signals_received = note_signals()
+    try:
+        failed = _run_all(jobs, free_slots, signals_received)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
     if signals_received:
-        print("interrupted; run the same command again to resume.", flush=True)
-        return 128 + signals_received[0]
+        return interrupted(signals_received)
     print(f"\n{len(jobs) - len(failed)} of {len(jobs)} runs are finished.")
     for job in failed:
         print(f"{job.name} failed: {job.last_line()}\n  see {job.log}")
     return 1 if failed else 0
 
 
-def _job(
-    root: Path, out: Path, system: str, seed: int, configs: Sequence[str], options: Sequence[str]
-) -> Job:
-    folder = out / system / f"seed-{seed}"
-    command = [sys.executable, "-m", "stasc", "fit"]
-    for config in configs:
-        command += ["--config", config]
-    # The options under comparison come last, so that no other option overrides them.
-    command += ["--reuse", str(out), *options, "--seed_everything", str(seed), "--run_dir", str(folder)]
-    return Job(str(folder.relative_to(root)), folder, tuple(configs), tuple(command))
+def note_signals() -> list[int]:
+    """From now on, a list of the signals that ask this process to end, instead of its end."""
+    signals_received: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda received, _: signals_received.append(received))
+    return signals_received
+
+
+def interrupted(signals_received: Sequence[int]) -> int:
+    """Say so, and return the exit status."""
+    print("interrupted; run the same command again to resume.", flush=True)
+    return 128 + signals_received[0]
 
 
 def _run_all(jobs: Sequence[Job], free_slots: list[Slot], signals_received: Sequence[int]) -> list[Job]:
@@ -228,11 +273,11 @@ def _run_all(jobs: Sequence[Job], free_slots: list[Slot], signals_received: Sequ
                 print(f"{job.name}: {result} after {time.monotonic() - start:.0f} s", flush=True)
             time.sleep(0.1)
     finally:
-        _stop(running)
+        stop(running)
     return failed
 
 
-def _stop(processes: Iterable[subprocess.Popen[bytes]]) -> None:
+def stop(processes: Iterable[subprocess.Popen[bytes]]) -> None:
     """Interrupt runs as Ctrl-C does, and kill those that do not end in time."""
     for process in processes:
         process.send_signal(signal.SIGINT)

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -182,11 +183,14 @@ class STaSCCLI(LightningCLI):
         questions = data.load_questions(self.subcommand)
         base = ModelFolder.locate(self.model.base)
         tokenizer, generation_config = base.tokenizer(), base.generation_config()
+        dialogue = partial(
+            Dialogue, tokenizer, generation_config=generation_config, template=self.model.template
+        )
         return Experiment(
             algorithm=config.algorithm,
             sampler=config.sampler,
-            dialogue=Dialogue(tokenizer, data.prompts, generation_config),
-            training_dialogue=Dialogue(tokenizer, data.training_prompts or data.prompts, generation_config),
+            dialogue=dialogue(prompts=data.prompts),
+            training_dialogue=dialogue(prompts=data.training_prompts or data.prompts),
             answer=data.answer,
             reward=data.reward,
             questions=questions,

@@ -9,10 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from datetime import datetime
+from typing import Any, Literal
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, meta
 from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from stasc.errors import UserError
 from stasc.trajectory import Answer, Example, Question, Trajectory
@@ -37,6 +39,9 @@ _NEEDED = {
 """Placeholders without which these prompts make no sense."""
 
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
+
+TODAY = datetime(2024, 7, 26)
+"""What chat templates are told is today: the day that Llama 3's assumes where it cannot ask."""
 
 
 def check_prompts(prompts: Prompts, needed: Iterable[str], option: str) -> None:
@@ -63,15 +68,19 @@ def check_prompts(prompts: Prompts, needed: Iterable[str], option: str) -> None:
 class Dialogue:
     """Renders the prompts with a tokenizer's chat template.
 
-    A system message is folded into the first user message where the template refuses or drops it.
+    A system message is folded into the first user message where the template refuses or drops it. A template
+    that asks which day it is (Llama 3's puts the date into the system message) is told ``TODAY``, so that the
+    prompts of a run are the same on every day.
 
     Args:
         tokenizer: With a chat template.
         prompts: The messages.
         generation_config: Of the same model; its end-of-sequence ids stop a completion too.
+        template: Options of the chat template, such as ``enable_thinking: false`` for Qwen3.
 
     Raises:
-        UserError: The tokenizer has no chat template, or no way to end a turn.
+        UserError: The tokenizer has no chat template or no way to end a turn, or the template does not have
+            an option.
     """
 
     def __init__(
@@ -79,6 +88,7 @@ class Dialogue:
         tokenizer: PreTrainedTokenizerBase,
         prompts: Prompts,
         generation_config: GenerationConfig | None = None,
+        template: Mapping[str, Any] | None = None,
     ) -> None:
         if not tokenizer.chat_template:
             raise UserError(
@@ -87,6 +97,7 @@ class Dialogue:
             )
         self.tokenizer = tokenizer
         self.prompts = prompts
+        self._options = self._template_options(template or {})
         self._keeps_system = self._template_keeps_system()
         self.end_of_turn = self._find_end_of_turn()
         config_stops = generation_config.eos_token_id if generation_config else None
@@ -117,7 +128,7 @@ class Dialogue:
             conversations = [_fold_system(conversation) for conversation in conversations]
         try:
             return self.tokenizer.apply_chat_template(
-                conversations, add_generation_prompt=True, tokenize=True, return_dict=False
+                conversations, add_generation_prompt=True, return_dict=False, **self._options
             )
         except TemplateError as error:
             raise UserError(
@@ -159,17 +170,34 @@ class Dialogue:
         """The text of an answer."""
         return self.tokenizer.decode(token_ids, skip_special_tokens=True)
 
+    def _template_options(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
+        """What the template is rendered with beside the messages."""
+        source = self.tokenizer.get_chat_template()
+        environment = _compile_jinja_template(source).environment  # with the tags that transformers adds
+        # A template ignores what it does not use. These are all names that it may look up, and some more.
+        names = meta.find_undeclared_variables(environment.parse(source)) - set(environment.globals)
+        for name in chosen:
+            if name not in names - {"messages", "add_generation_prompt"}:
+                raise UserError(
+                    f"model.template has '{name}', which is no option of the chat template of "
+                    f"{self.tokenizer.name_or_path}: remove it, or correct its name."
+                )
+        return {"strftime_now": TODAY.strftime, **chosen}
+
     def _template_keeps_system(self) -> bool:
         probe = [{"role": "system", "content": "SYSTEM-PROBE"}, {"role": "user", "content": "x"}]
         try:
-            return "SYSTEM-PROBE" in self.tokenizer.apply_chat_template(probe, tokenize=False)
+            return "SYSTEM-PROBE" in self._text(probe)
         except TemplateError:
             return False
+
+    def _text(self, messages: list[dict[str, str]]) -> str:
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, **self._options)
 
     def _find_end_of_turn(self) -> int:
         """The first special token after an assistant's words in the template, else the tokenizer's eos."""
         probe = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "ANSWER-PROBE"}]
-        _, _, rest = self.tokenizer.apply_chat_template(probe, tokenize=False).rpartition("ANSWER-PROBE")
+        _, _, rest = self._text(probe).rpartition("ANSWER-PROBE")
         for token_id in self.tokenizer.encode(rest, add_special_tokens=False):
             added = self.tokenizer.added_tokens_decoder.get(token_id)
             if added is not None and added.special:

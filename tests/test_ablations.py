@@ -15,6 +15,7 @@ from conftest import ROOT, contents, demo_fit, stasc_environment
 from tensorboard.plugins.hparams.api_pb2 import STATUS_SUCCESS
 from test_curves import hparams_table
 
+from stasc.errors import UserError
 from stasc.run import Run, SystemRecord, write_json
 
 SIZES = {"train": 20, "test": 20, "iterations": 2}
@@ -148,6 +149,20 @@ def test_a_run_is_finished_if_its_command_and_configs_have_not_changed(ablation,
     assert not job.finished()
     run.system.unlink()
     assert not job.finished()
+
+
+def test_a_run_under_way_is_not_started_a_second_time(ablation, tmp_path):
+    job = ablation.Job("EIE", tmp_path / "run", (), ("sh", "-c", "echo said; sleep 60; true"))
+    assert not job.under_way()
+    process = job.start(ablation.Slot())
+    try:
+        assert job.under_way()
+        with pytest.raises(UserError, match="has a run under way"):
+            job.start(ablation.Slot())
+    finally:
+        ablation.stop([process])
+    assert not job.under_way()
+    assert job.log.read_text().startswith("sh -c ")
 
 
 def test_each_device_gets_one_run_and_cpu_cores_are_divided(ablation, monkeypatch):

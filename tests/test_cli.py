@@ -80,6 +80,7 @@ def jsonl(path, *rows: object):
         ("model.base", "./nowhere", "model.base ./nowhere does not exist"),
         ("model.base", "nobody/nothing", "model.base 'nobody/nothing' is not a folder here, and the Hugging"),
         ("model.learning_rate", -1, "model.learning_rate is -1.0: it must be above 0"),
+        ("model.template", "{enable_thinking: false}", "model.template has 'enable_thinking', which is no"),
         ("sampler", "NoSampler", 'Parser key "sampler"'),
         ("reuse", "./nowhere", "reuse is nowhere, which is not a folder: name a run, or a folder of runs"),
         ("seed_everything", "false", "seed_everything is False: it must be a number"),

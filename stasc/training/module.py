@@ -73,6 +73,7 @@ class CorrectionSFT(LightningModule):
             ``activation_checkpointing_policy`` instead.
         attention: ``auto`` is what transformers chooses for the model: sdpa, where the model has it. ``flex``
             is FlexAttention, which skips blocks that no token attends to: for CUDA and long batches.
+        template: Options of M_0's chat template, such as ``enable_thinking: false`` for Qwen3.
 
     Raises:
         UserError: A value is out of its range.
@@ -98,6 +99,7 @@ class CorrectionSFT(LightningModule):
         lora: LoRA | None = None,
         gradient_checkpointing: bool = False,
         attention: Literal["auto", "flex"] = "auto",
+        template: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if learning_rate <= 0:
@@ -111,6 +113,7 @@ class CorrectionSFT(LightningModule):
         self.lora = lora
         self.gradient_checkpointing = gradient_checkpointing
         self.attention = attention
+        self.template = template
         self.iteration_steps = 1
         """Optimiser steps of the current iteration; set by the outer loop when D_n is known."""
         self.epoch_loss = MeanMetric()
