@@ -9,7 +9,7 @@ from pathlib import Path
 from stasc import __version__
 from stasc.house import HOUSE
 
-ABLATIONS = ("variants", "grid", "baselines")
+SCRIPTS = ("variants", "grid", "baselines", "search")
 """Commands that are scripts."""
 
 HELP = """usage: python -m stasc COMMAND --config FILE [--OPTION VALUE ...]
@@ -24,6 +24,7 @@ commands:
   report    tables, figures and a page from run folders: report RUN... --out FOLDER
   variants, grid, baselines
             ablations: many runs of fit, by seeds and systems
+  search    options chosen by the rewards on validation questions
 
   python -m stasc --version              the version
   python -m stasc COMMAND --help          all options of a command
@@ -46,7 +47,7 @@ def main() -> None:
         return
     if str(Path.cwd()) not in sys.path:  # as `python -m stasc` has it, for the user's own classes
         sys.path.insert(0, str(Path.cwd()))
-    if sys.argv[1] in ABLATIONS:
+    if sys.argv[1] in SCRIPTS:
         _run_script(sys.argv[1])
         return
     if sys.argv[1] == "report":  # does not need the libraries for training and sampling

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, stasc_environment
 
+from stasc.__main__ import SCRIPTS
+
 HOW = ("checkout", "editable", "wheel")
 
 FIND = """
@@ -176,6 +178,14 @@ def test_the_command_and_the_module_are_one_program(run, tmp_path):
         assert command.returncode == status
         assert command.stdout
     assert command.stdout == "stasc 0.1.0\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_are_commands(run, tmp_path, script):
+    done = run("wheel", "stasc", script, "--help", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"usage: {script}.py")
 
 
 def test_what_a_wheel_holds(wheel):
