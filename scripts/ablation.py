@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Self
 
 from stasc.errors import UserError
+from stasc.house import config_file
 from stasc.run import Run
 
 INTERRUPT_TIMEOUT = 30
@@ -34,11 +35,11 @@ def parser(description: str, out: str) -> argparse.ArgumentParser:
         "--config",
         nargs="+",
         action="append",
-        type=_file,
+        type=_config,
         required=True,
         metavar="FILE",
         default=argparse.SUPPRESS,
-        help="a config and its overlays; repeat the option for more models",
+        help="a config and its overlays, by path or name; repeat the option for more models",
     )
     options.add_argument(
         "--seeds", nargs="+", type=int, default=[42], metavar="SEED", help="seeds; one run for each"
@@ -56,10 +57,14 @@ def parser(description: str, out: str) -> argparse.ArgumentParser:
     return options
 
 
-def _file(name: str) -> str:
-    if not Path(name).is_file():
+def _config(name: str) -> str:
+    try:
+        path = config_file(name)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    if not Path(path).is_file():
         raise argparse.ArgumentTypeError(f"there is no file {name}")
-    return name
+    return path
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,16 @@
-"""``python -m stasc fit|validate|test|predict --config FILE`` and ``python -m stasc report RUN...``."""
+"""The program, as ``python -m stasc`` and as the command ``stasc``."""
 
 import os
+import runpy
 import signal
 import sys
+from pathlib import Path
+
+from stasc import __version__
+from stasc.house import HOUSE
+
+SCRIPTS = ("variants", "grid", "baselines", "search")
+"""Commands that are scripts."""
 
 HELP = """usage: python -m stasc COMMAND --config FILE [--OPTION VALUE ...]
 
@@ -14,11 +22,16 @@ commands:
   test      evaluate a model folder: --model.base FOLDER
   predict   answer and correct the questions of a file: --data.predict ...
   report    tables, figures and a page from run folders: report RUN... --out FOLDER
+  variants, grid, baselines
+            ablations: many runs of fit, by seeds and systems
+  search    options chosen by the rewards on validation questions
 
+  python -m stasc --version              the version
   python -m stasc COMMAND --help          all options of a command
   python -m stasc COMMAND --print_config  the resulting configuration
 
-Start with: python -m stasc fit --config configs/quickstart.yaml"""
+--config takes a file, or a config that comes with the program by its name. Start with:
+  python -m stasc fit --config quickstart"""
 
 
 def main() -> None:
@@ -29,6 +42,14 @@ def main() -> None:
     if sys.argv[1:] in ([], ["-h"], ["--help"]):
         print(HELP)  # before the imports below, which take seconds
         sys.exit(0 if sys.argv[1:] else 2)
+    if sys.argv[1] == "--version":
+        print(f"stasc {__version__}")
+        return
+    if str(Path.cwd()) not in sys.path:  # as `python -m stasc` has it, for the user's own classes
+        sys.path.insert(0, str(Path.cwd()))
+    if sys.argv[1] in SCRIPTS:
+        _run_script(sys.argv[1])
+        return
     if sys.argv[1] == "report":  # does not need the libraries for training and sampling
         from stasc.report.command import main as report
 
@@ -50,6 +71,13 @@ def main() -> None:
             message = "stasc: interrupted; run the same command again to resume."
             print(message, file=sys.stderr, flush=True)
         sys.exit(130)
+
+
+def _run_script(name: str) -> None:
+    scripts = HOUSE / "scripts"
+    sys.path.insert(0, str(scripts))  # they import each other
+    del sys.argv[1]
+    runpy.run_path(str(scripts / f"{name}.py"), run_name="__main__")
 
 
 def _interrupt(*_: object) -> None:

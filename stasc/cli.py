@@ -26,6 +26,7 @@ from data import TrajectoryDataModule, demo, smollm2
 from stasc.algorithm import Algorithm, STaSC
 from stasc.errors import UserError
 from stasc.experiment import Experiment
+from stasc.house import OWN_PACKAGES, config_file
 from stasc.model_folder import ModelFolder
 from stasc.prompting import Dialogue
 from stasc.run import NEVER, START, TRAINING, FirstUse, Run, SystemRecord, first_use, flatten
@@ -55,7 +56,7 @@ _TRAINER_OPTIONS_THAT_TRAIN = (
 
 
 class ConfigFile(ActionConfigFile):
-    """A config whose parts of ``data`` keep their own defaults.
+    """A config, by its path or its name, whose parts of ``data`` keep their own defaults.
 
     jsonargparse gives a part of another class the arguments of the part before it, as far as it takes them.
     That is right for an algorithm, which goes on with N_init and N_corr, and wrong for questions and a
@@ -65,6 +66,7 @@ class ConfigFile(ActionConfigFile):
     @staticmethod
     def apply_config(parser: ArgumentParser, cfg: Namespace, dest: str, value: str) -> None:
         """Lay the config over ``cfg``."""
+        value = config_file(value)
         try:
             config = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
             parts = config.get("data", {}).items()
@@ -87,7 +89,7 @@ class STaSCCLI(LightningCLI):
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """The parser of a subcommand, whose configs are ``ConfigFile``s."""
         parser = LightningArgumentParser(**kwargs)
-        parser.add_argument("-c", "--config", action=ConfigFile, help="A YAML file; later ones go on top.")
+        parser.add_argument("-c", "--config", action=ConfigFile, help="A file or name; later ones go on top.")
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -276,7 +278,7 @@ def run() -> None:
         sentence = " ".join(str(mistake).split())
         options = {argument.partition("=")[0] for argument in sys.argv}
         if isinstance(mistake, ArgumentError):
-            sentence = _renamed(sentence) or sentence
+            sentence = _renamed(sentence) or _not_ours(sentence) or sentence
             if not options & {"-c", "--config"}:
                 sentence += " (no --config FILE was given)"
         print(f"stasc: {sentence}", file=sys.stderr)
@@ -293,6 +295,23 @@ def _renamed(refusal: str) -> str | None:
     for old, new in RENAMED.items():
         if re.search(rf"\b{old}\b", refusal):
             return f"data.{old} is called data.{new} now: change it in the config or on the command line."
+    return None
+
+
+def _not_ours(refusal: str) -> str | None:
+    """A sentence for what one of our packages was asked for and does not have; None for other refusals."""
+    package, name = rf"(?P<package>{'|'.join(OWN_PACKAGES)})", r"(?P<name>\w+)"
+    for pattern in (
+        f"module '{package}' has no attribute '{name}'",
+        rf"No module named '{package}\.{name}",
+        f"cannot import name '{name}' from '{package}'",
+    ):
+        if found := re.search(pattern, refusal):
+            ours, missing = found["package"], found["name"]
+            return (
+                f"stasc's own package {ours} has no {missing}: if you mean a folder or file {ours} of yours, "
+                "give it another name, also in the class path."
+            )
     return None
 
 

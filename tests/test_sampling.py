@@ -437,6 +437,14 @@ def test_the_worker_ends_with_its_parent(models, tmp_path, how, when):
     assert not [path for path in (tmp_path / "temporary").rglob("*") if path.is_file()]
 
 
+def test_the_worker_does_not_look_into_the_users_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), "", *sys.path])
+    places = vllm_module._environment(CPU)["PYTHONPATH"].split(os.pathsep)
+    assert str(tmp_path) not in places
+    assert str(Path(stasc.__file__).parents[1]) in places
+
+
 def test_environment_of_the_worker(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("MASTER_ADDR", "localhost")

@@ -273,12 +273,19 @@ def _check_batch_invariance(device: torch.device) -> None:
         )
 
 
+def _places() -> list[str]:
+    """Where the worker looks for modules: as here, but not in the user's folder, which may shadow any."""
+    ours = Path(__file__).parents[2]
+    places = [Path(entry).absolute() for entry in sys.path]  # "" is the working folder
+    return [str(place) for place in places if place != Path.cwd() or place == ours]
+
+
 def _environment(device: torch.device) -> dict[str, str]:
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith(_REMOVED_VARIABLES)
     }
     environment |= {
-        "PYTHONPATH": os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path),
+        "PYTHONPATH": os.pathsep.join(_places()),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # vLLM's processes outlive ours, and hang when one dies
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
