@@ -75,7 +75,7 @@ class ConfigFile(ActionConfigFile):
         for name, part in parts:
             class_path = part.get("class_path") if isinstance(part, dict) else part
             before = cfg.get(f"data.{name}")
-            if isinstance(before, Namespace) and before.get("class_path") not in (None, class_path):
+            if class_path and isinstance(before, Namespace) and before.get("class_path") != class_path:
                 cfg[f"data.{name}"] = None
         ActionConfigFile.apply_config(parser, cfg, dest, value)
 
