@@ -74,6 +74,9 @@ def jsonl(path, *rows: object):
         ("data.batches.size", 0, "data.batches.size is 0"),
         ("data.batches.token_budget", 0, "data.batches.token_budget is 0"),
         ("data.evaluation.samples", 0, "data.evaluation.samples is 0"),
+        ("data.evaluation.test_every", 0, "data.evaluation.test_every is 0"),
+        ("data.validation", 1.5, "data.validation is 1.5, which takes 750 of the 500 training questions"),
+        ("data.reward.marker", "x", "rewards have no marker any more: set data.answer to stasc.answers."),
         ("trainer.max_epochs", 3, "trainer.max_epochs is not for you to set: it follows from algorithm."),
         ("data.sampling.temperature", 0, "data.sampling.temperature is 0, so all draws"),
         ("data.sampling.top_p", 1.5, "top_p is 1.5: it must lie in (0, 1]"),
@@ -169,10 +172,37 @@ def test_a_users_module_of_a_name_of_ours_needs_another(
     assert f"a folder or file {package} of yours, give it another name" in sentence
 
 
+def test_an_overlays_questions_and_reward_keep_their_own_defaults(capsys, monkeypatch, tmp_path):
+    first = {
+        "class_path": "users_own.PaysInIteration",
+        "init_args": {"iteration": 1, "calls_per_iteration": 9},
+    }
+    second = {"reward": "users_own.PaysSometimes", "test": {"class_path": "users_own.Sums"}}
+    star = {"algorithm": "stasc.algorithm.STaR", "data": {"train": {"init_args": {"size": 7}}}}
+    overlays = [{"data": {"reward": first}}, {"data": second}, star]
+    options = ["--config", str(ROOT / "configs/quickstart.yaml")]
+    for i, overlay in enumerate(overlays):
+        (tmp_path / f"{i}.yaml").write_text(yaml.safe_dump(overlay))
+        options += ["--config", str(tmp_path / f"{i}.yaml")]
+    monkeypatch.setattr(sys, "argv", ["stasc", "fit", *options, "--print_config"])
+    with pytest.raises(SystemExit):
+        main()
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert config["data"]["reward"]["init_args"] == {"iteration": 2, "calls_per_iteration": 5}
+    assert config["data"]["test"]["init_args"] == {"size": 3, "split": "all"}
+    train = config["data"]["train"]
+    assert (train["class_path"], train["init_args"]["size"]) == ("data.DemoQuestions", 7), "the same class"
+    assert config["algorithm"]["init_args"]["n_init"] == 2, "an algorithm goes on with what it takes"
+
+
 def test_a_config_by_a_name_that_there_is_not(refused):
     assert "there is no config quick_start: give a file, or the name of one in" in refused(
         "--config", "quick_start"
     )
+
+
+def test_validate_without_questions_is_refused(refused):
+    assert "data.validation is not set" in refused(command="validate")
 
 
 def test_predict_without_questions_is_refused(refused):

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from data import QuestionSource
 from stasc.algorithm import Algorithm, Turn
 from stasc.filtering import improves
 from stasc.reward import InAccuracy
 from stasc.sampling import TransformersSampler
-from stasc.trajectory import Example, Trajectory
+from stasc.trajectory import Example, Question, Trajectory
 
 
 class ThreeTurns(Algorithm):
@@ -90,6 +91,23 @@ class PaysInIteration(InAccuracy):
         iteration = self.calls // self.calls_per_iteration + 1
         self.calls += 1
         return super().score(prediction, references) if iteration == self.iteration else 0.0
+
+
+class PaysSometimes(PaysInIteration):
+    """With defaults of its own."""
+
+    def __init__(self, iteration: int = 2, calls_per_iteration: int = 5) -> None:
+        super().__init__(iteration, calls_per_iteration)
+
+
+class Sums(QuestionSource):
+    """Doubles."""
+
+    def __init__(self, size: int = 3, split: str = "all") -> None:
+        self.size = size
+
+    def load(self, *, with_references: bool = True) -> list[Question]:
+        return [Question(f"{n}", f"{n} + {n}?", (f"{2 * n}",)) for n in range(self.size)]
 
 
 class Kill(Callback):
