@@ -27,7 +27,8 @@ import numpy as np
 
 from data.questions import QuestionSource
 from stasc.errors import UserError
-from stasc.reward import Reward, time_limit
+from stasc.mathematics import time_limit
+from stasc.reward import Reward
 from stasc.trajectory import Question
 
 Split = Literal["train", "validation", "test"]
