@@ -4,6 +4,7 @@ import os
 import runpy
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from stasc import __version__
@@ -21,6 +22,7 @@ commands:
   validate  evaluate a model folder (the same as test)
   test      evaluate a model folder: --model.base FOLDER
   predict   answer and correct the questions of a file: --data.predict ...
+  chat      answer and correct what you type: --model.base FOLDER
   report    tables, figures and a page from run folders: report RUN... --out FOLDER
   variants, grid, baselines
             ablations: many runs of fit, by seeds and systems
@@ -54,6 +56,12 @@ def main() -> None:
         from stasc.report.command import main as report
 
         report(sys.argv[2:])
+        return
+    if sys.argv[1] == "chat":
+        with suppress(KeyboardInterrupt):
+            from stasc.chat import main as chat
+
+            chat(sys.argv[2:])
         return
     # Idle threads must not spin: sampling and training take turns on the same cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

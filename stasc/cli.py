@@ -27,6 +27,7 @@ from stasc.algorithm import Algorithm, STaSC
 from stasc.errors import UserError
 from stasc.experiment import Experiment
 from stasc.house import OWN_PACKAGES, config_file
+from stasc.manual import Manual
 from stasc.model_folder import ModelFolder
 from stasc.prompting import Dialogue
 from stasc.run import NEVER, START, TRAINING, FirstUse, Run, SystemRecord, first_use, flatten
@@ -103,6 +104,16 @@ class STaSCCLI(LightningCLI):
         )
         parser.add_subclass_arguments(Algorithm, "algorithm", default=_class_path(STaSC))
         parser.add_subclass_arguments(Sampler, "sampler", default=_class_path(VLLMSampler))
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse; what a command other than ``fit`` leaves open is as the model's manual has it."""
+        super().parse_arguments(parser, args)
+        base = self.config[self.config.subcommand].model.base
+        if self.config.subcommand == "fit" or base in MADE_HERE:
+            return
+        if manual := Manual.find(ModelFolder.locate(base).path):
+            self._parser(self.config.subcommand).set_defaults(manual.options)
+            super().parse_arguments(parser, args)
 
     def before_instantiate_classes(self) -> None:
         """Check the trainer's options; make M_0 if it is one that is made here."""
@@ -182,6 +193,13 @@ class STaSCCLI(LightningCLI):
         config, data = self.config_init[self.subcommand], self.datamodule
         questions = data.load_questions(self.subcommand)
         base = ModelFolder.locate(self.model.base)
+        if data.prompts is None:
+            other = "" if self.subcommand == "fit" else f", and {base.path} has no stasc.yaml that names them"
+            raise UserError(
+                f"data.prompts is not set{other}: give a file, such as configs/prompts/paper.yaml."
+            )
+        if data.sampling is None and self.subcommand == "fit":
+            raise UserError("data.sampling is not set: give temperature, top_p and max_tokens.")
         tokenizer, generation_config = base.tokenizer(), base.generation_config()
         dialogue = partial(
             Dialogue, tokenizer, generation_config=generation_config, template=self.model.template
