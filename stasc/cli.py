@@ -194,10 +194,8 @@ class STaSCCLI(LightningCLI):
         questions = data.load_questions(self.subcommand)
         base = ModelFolder.locate(self.model.base)
         if data.prompts is None:
-            other = "" if self.subcommand == "fit" else f", and {base.path} has no stasc.yaml that names them"
-            raise UserError(
-                f"data.prompts is not set{other}: give a file, such as configs/prompts/paper.yaml."
-            )
+            nor = "" if self.subcommand == "fit" else f", and {base.path} has no stasc.yaml that has them"
+            raise UserError(f"data.prompts is not set{nor}: give a file, such as configs/prompts/paper.yaml.")
         if data.sampling is None and self.subcommand == "fit":
             raise UserError("data.sampling is not set: give temperature, top_p and max_tokens.")
         tokenizer, generation_config = base.tokenizer(), base.generation_config()

@@ -66,15 +66,17 @@ class Manual:
         path = folder / _FILE
         if not path.is_file():
             raise UserError(
-                f"{folder} has no {_FILE}, which says how the model is asked: take a model that a run wrote, or "
-                "copy that file from one and change it."
+                f"{folder} has no {_FILE}, which says how the model is asked: take a model that a run wrote, "
+                "or copy that file from one and change it."
             )
         parser = ArgumentParser(exit_on_error=False)
         parser.add_class_arguments(cls)
         try:
             fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+            if not isinstance(fields, dict):
+                raise ValueError("it must name turns, prompts, sampling and answer")
             manual = cls(**vars(parser.instantiate_classes(parser.parse_object(fields))))
-        except (OSError, ValueError, TypeError, yaml.YAMLError, ArgumentError) as error:
+        except (OSError, ValueError, TypeError, yaml.YAMLError, ArgumentError, UserError) as error:
             raise UserError(f"{path} has a mistake: {' '.join(str(error).split())}") from error
         if not manual.turns:
             raise UserError(f"{path} has no turns: name the prompts that are sent one after another.")

@@ -34,7 +34,8 @@ class Rollout:
         sampler: Started, with weights loaded.
         dialogue: Renders the prompts.
         answer: Finds the answer in a completion.
-        reward: Scores it, as it comes from the engine. Without one rewards are NaN, and ``answer`` is not used.
+        reward: Scores it, as it comes from the engine. Without one rewards are NaN, and no answer is looked
+            for.
         seed: Of the run. Every draw follows from it, the stage, the prompt's name, the question and the
             numbers of the answers before.
         context: Tokens that a prompt and its answer can take together.

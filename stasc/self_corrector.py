@@ -105,7 +105,7 @@ class SelfCorrector:
         self.sampler.close()
 
     def _prompts(self, rounds: int | None) -> list[str]:
-        """The prompts of all turns; the last one's is repeated where more are asked for than the manual has."""
+        """The prompts of all turns; the last is sent again where more are asked for than the manual has."""
         turns = self.manual.turns
         if rounds is None:
             return turns
