@@ -19,8 +19,8 @@ Self-Taught Self-Correction: a small language model learns from its own correcti
 
 commands:
   fit       run the algorithm: sample, correct, filter, fine-tune, N times
-  validate  evaluate a model folder (the same as test)
-  test      evaluate a model folder: --model.base FOLDER
+  validate  evaluate a model folder on data.validation
+  test      evaluate a model folder on data.test: --model.base FOLDER
   predict   answer and correct the questions of a file: --data.predict ...
   chat      answer and correct what you type: --model.base FOLDER
   report    tables, figures and a page from run folders: report RUN... --out FOLDER
