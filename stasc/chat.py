@@ -33,7 +33,7 @@ def main(arguments: Sequence[str]) -> None:
         parser.add_argument("--seed_everything", type=int, default=42, help="What all draws follow from.")
         sampler = {"class_path": f"{TransformersSampler.__module__}.{TransformersSampler.__name__}"}
         parser.add_subclass_arguments(Sampler, "sampler", default=sampler)
-        options = parser.instantiate_classes(parser.parse_args(arguments))
+        options = parser.instantiate(parser.parse_args(arguments))
         corrector = SelfCorrector.from_pretrained(
             options.model.base, options.sampler, options.seed_everything
         )

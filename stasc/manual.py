@@ -75,7 +75,7 @@ class Manual:
             fields = yaml.safe_load(path.read_text(encoding="utf-8"))
             if not isinstance(fields, dict):
                 raise ValueError("it must name turns, prompts, sampling and answer")
-            manual = cls(**vars(parser.instantiate_classes(parser.parse_object(fields))))
+            manual = cls(**vars(parser.instantiate(parser.parse_object(fields))))
         except (OSError, ValueError, TypeError, yaml.YAMLError, ArgumentError, UserError) as error:
             raise UserError(f"{path} has a mistake: {' '.join(str(error).split())}") from error
         if not manual.turns:
