@@ -8,6 +8,7 @@ from pathlib import Path
 
 from stasc import __version__
 from stasc.house import HOUSE
+from stasc.progress import Progress, speaks
 
 SCRIPTS = ("variants", "grid", "baselines", "search")
 """Commands that are scripts."""
@@ -60,14 +61,15 @@ def main() -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # nohup ignores it
         signal.signal(signal.SIGINT, _interrupt)
     try:
-        from stasc.cli import run
+        with Progress("loading the libraries"):
+            from stasc.cli import run
 
         run()
     except (KeyboardInterrupt, SystemExit) as error:  # Lightning turns Ctrl-C into SystemExit(1)
         if KeyboardInterrupt not in (type(error), type(error.__context__)):
             raise
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Lightning has restored our handler
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if speaks():
             message = "stasc: interrupted; run the same command again to resume."
             print(message, file=sys.stderr, flush=True)
         sys.exit(130)

@@ -21,13 +21,14 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from transformers.utils.logging import disable_progress_bar
 
-from callbacks import Curves, Evaluation, IterationProgressBar, OuterLoop
+from callbacks import Curves, Evaluation, OuterLoop, TrainingProgress
 from data import TrajectoryDataModule, demo, smollm2
 from stasc.algorithm import Algorithm, STaSC
 from stasc.errors import UserError
 from stasc.experiment import Experiment
 from stasc.house import OWN_PACKAGES, config_file
 from stasc.model_folder import ModelFolder
+from stasc.progress import Progress, say
 from stasc.prompting import Dialogue
 from stasc.run import NEVER, START, TRAINING, FirstUse, Run, SystemRecord, first_use, flatten
 from stasc.sampling import Sampler, VLLMSampler
@@ -160,7 +161,7 @@ class STaSCCLI(LightningCLI):
         # The order matters, see callbacks/__init__.py.
         kwargs["callbacks"] = [Evaluation(), *filter(None, users), OuterLoop(), checkpoint]
         if config.trainer.enable_progress_bar is not False:
-            kwargs["callbacks"].append(IterationProgressBar())
+            kwargs["callbacks"].append(TrainingProgress())
         try:
             return super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, TypeError, ValueError) as error:
@@ -168,7 +169,8 @@ class STaSCCLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         """Put the experiment together, which finds mistakes before an engine starts."""
-        experiment = self.datamodule.experiment = self._experiment()
+        with Progress("reading the questions and the tokenizer"):
+            experiment = self.datamodule.experiment = self._experiment()
         if self.subcommand != "fit":
             output = self.datamodule.output_path(self.subcommand)
             if output.exists() and rank_zero_only.rank == 0:
@@ -236,12 +238,30 @@ class STaSCCLI(LightningCLI):
             return TRAINING if name.startswith(_TRAINER_OPTIONS_THAT_TRAIN) else NEVER
         return START if option == "seed_everything" else NEVER
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Those of LightningCLI, without the option to show its table: ours is shown."""
+        found = LightningCLI.subcommands()
+        return found | {name: found[name] | {"verbose"} for name in ("validate", "test")}
+
+    def test(self, **kwargs: Any) -> None:
+        """Measure a model folder."""
+        self.trainer.test(**kwargs, verbose=False)
+
+    def validate(self, **kwargs: Any) -> None:
+        """As ``test``, on the validation questions."""
+        self.trainer.validate(**kwargs, verbose=False)
+
     def fit(self, model: LightningModule, datamodule: LightningDataModule, **kwargs: Any) -> None:
         """Start, or go on where the run folder's last checkpoint was written."""
         run = datamodule.experiment.run
-        if not kwargs.get("ckpt_path") and run.last_checkpoint.is_file():
+        going_on = not kwargs.get("ckpt_path") and run.last_checkpoint.is_file()
+        if going_on:
             kwargs["ckpt_path"] = str(run.last_checkpoint)
-            rank_zero_only(print)(f"going on in {run.folder}", flush=True)
+        algorithm, questions = datamodule.experiment.algorithm, datamodule.experiment.questions
+        counts = ", ".join(f"{len(asked):,} {name}" for name, asked in questions.items())
+        say(f"{'going on in' if going_on else 'starting'} {run.folder}", timed=True)
+        say(f"          {algorithm.name}, N = {algorithm.iterations}, questions: {counts}")
         self.trainer.fit(model, datamodule=datamodule, **kwargs)
 
 

@@ -252,7 +252,12 @@ def test_a_model_folder_is_evaluated_and_answers_questions(stasc, tmp_path):
     for command in ("validate", "test"):
         process = stasc(command, *common)
         assert process.returncode == 0, process.stderr
-        assert "wrong_to_right" in process.stdout
+        table = process.stdout.splitlines()[-2:]
+        assert table[0].split()[:2] == ["r(Y1)", "r(Y2)"]
+        name = {"validate": "validation", "test": "test"}[command]
+        metrics = json.loads((tmp_path / "run" / f"{command}.metrics.json").read_text())[name]
+        assert table[1].split()[:3] == [name, f"{metrics['r1']:.3f}", f"{metrics['r2']:.3f}"]
+        assert "test_step" not in process.stdout
         trajectories = [json.loads(line) for line in (tmp_path / "run" / f"{command}.jsonl").open()]
         assert [t["question"]["text"] for t in trajectories] == [row["text"] for row in rows]
     process = stasc("predict", *common, "--data.output", tmp_path / "out.jsonl")
