@@ -30,6 +30,7 @@ from stasc.house import OWN_PACKAGES, config_file
 from stasc.model_folder import ModelFolder
 from stasc.progress import Progress, say
 from stasc.prompting import Dialogue
+from stasc.provenance import fingerprint, this_start
 from stasc.run import NEVER, START, TRAINING, FirstUse, Run, SystemRecord, first_use, flatten
 from stasc.sampling import Sampler, VLLMSampler
 from stasc.training.module import CorrectionSFT
@@ -178,12 +179,25 @@ class STaSCCLI(LightningCLI):
             return
         self.model.check(self.trainer.strategy)
         if rank_zero_only.rank == 0:
-            experiment.run.claim(self.saved_config, self._system_record(), self._first_use)
+            experiment.run.claim(self.saved_config, self._system_record(), self._first_use, experiment.origin)
 
     def _experiment(self) -> Experiment:
         config, data = self.config_init[self.subcommand], self.datamodule
         questions = data.load_questions(self.subcommand)
         base = ModelFolder.locate(self.model.base)
+        origin = this_start() | {
+            "model": {
+                "base": self.saved_config["model"]["base"],
+                "folder": str(base.path),
+                "revision": base.revision,
+            },
+            "questions": {
+                name: fingerprint(asked) | {"revision": getattr(data.sources[name], "revision", None)}
+                for name, asked in questions.items()
+            },
+        }
+        if self.subcommand != "fit":  # beside a run's results lies its config.yaml
+            origin["config"] = self.saved_config
         tokenizer, generation_config = base.tokenizer(), base.generation_config()
         dialogue = partial(
             Dialogue, tokenizer, generation_config=generation_config, template=self.model.template
@@ -202,6 +216,7 @@ class STaSCCLI(LightningCLI):
             run=Run(config.run_dir),
             seed=config.seed_everything,
             reuse=Path(config.reuse) if config.reuse else None,
+            origin=origin,
         )
 
     def _system_record(self) -> SystemRecord:

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -255,7 +256,12 @@ def test_a_model_folder_is_evaluated_and_answers_questions(stasc, tmp_path):
         table = process.stdout.splitlines()[-2:]
         assert table[0].split()[:2] == ["r(Y1)", "r(Y2)"]
         name = {"validate": "validation", "test": "test"}[command]
-        metrics = json.loads((tmp_path / "run" / f"{command}.metrics.json").read_text())[name]
+        metrics = json.loads((tmp_path / "run" / f"{command}.metrics.json").read_text())
+        measured, metrics = metrics["measured"], metrics[name]
+        assert measured["model"] == {"base": str(model), "folder": str(model), "revision": None}
+        assert measured["questions"][name]["count"] == 5
+        assert measured["config"]["data"][name]["init_args"]["path"] == str(path)
+        assert measured["libraries"]["torch"] == version("torch")
         assert table[1].split()[:3] == [name, f"{metrics['r1']:.3f}", f"{metrics['r2']:.3f}"]
         assert "test_step" not in process.stdout
         trajectories = [json.loads(line) for line in (tmp_path / "run" / f"{command}.jsonl").open()]

@@ -172,6 +172,9 @@ def test_metrics_are_those_of_the_files(quickstart):
         trajectories = quickstart.records(n, "test")
         assert [t.question for t in trajectories] == tested
         assert metrics.pop("iteration") == n
+        measured = metrics.pop("measured")
+        assert (measured["model"], measured["questions"]["test"]["count"]) == (f"M_{n}", 500)
+        assert (quickstart.folder(n) / measured["config"]).is_file()
         test = metrics.pop("test")
         changes = [t.after(2).text.split() != t.after(1).text.split() for t in trajectories]
         assert test.pop("repeated") == pytest.approx(1 - sum(changes) / 500)
