@@ -28,8 +28,9 @@ commands:
   search    options chosen by the rewards on validation questions
 
   python -m stasc --version              the version
-  python -m stasc COMMAND --help          all options of a command
+  python -m stasc COMMAND --help          the method's options (--help all: Lightning's too)
   python -m stasc COMMAND --print_config  the resulting configuration
+                                          (--print_config=skip_default: what is no default)
 
 --config takes a file, or a config that comes with the program by its name. Start with:
   python -m stasc fit --config quickstart"""

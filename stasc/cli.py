@@ -96,6 +96,13 @@ class STaSCCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The options beside those of the trainer, the model and the data."""
+        self.add_run_arguments(parser)
+        parser.add_subclass_arguments(Algorithm, "algorithm", default=_class_path(STaSC))
+        parser.add_subclass_arguments(Sampler, "sampler", default=_class_path(VLLMSampler))
+
+    @staticmethod
+    def add_run_arguments(parser: ArgumentParser) -> None:
+        """The options that belong to no part of the program."""
         parser.add_argument("--run_dir", type=str, default="runs/stasc", help="Folder of the run.")
         parser.add_argument(
             "--reuse",
@@ -103,8 +110,6 @@ class STaSCCLI(LightningCLI):
             default=None,
             help="Another run, or a folder of runs: take M_0's draws from it where it was asked the same.",
         )
-        parser.add_subclass_arguments(Algorithm, "algorithm", default=_class_path(STaSC))
-        parser.add_subclass_arguments(Sampler, "sampler", default=_class_path(VLLMSampler))
 
     def before_instantiate_classes(self) -> None:
         """Check the trainer's options; make M_0 if it is one that is made here."""
@@ -280,8 +285,30 @@ class STaSCCLI(LightningCLI):
         self.trainer.fit(model, datamodule=datamodule, **kwargs)
 
 
+def help_text(command: str) -> str:
+    """The method's options, with those of the classes that are the default; Lightning's are left out."""
+    parser = ArgumentParser(
+        f"python -m stasc {command}",
+        usage=f"python -m stasc {command} --config FILE [--config FILE ...] [--OPTION VALUE ...]",
+        description="Later configs go on top of earlier ones, and options on top of all.",
+        epilog=f"Another system or sampler has options of its own: --algorithm.help stasc.algorithm.STaR. "
+        f"All options, those of Lightning's Trainer too: python -m stasc {command} --help all.",
+        add_help=False,
+    )
+    parts = {"algorithm": STaSC, "data": TrajectoryDataModule, "model": CorrectionSFT, "sampler": VLLMSampler}
+    for name, part in parts.items():
+        parser.add_class_arguments(part, name)
+    STaSCCLI.add_run_arguments(parser)
+    return parser.format_help()
+
+
 def run() -> None:
     """Parse ``sys.argv`` and run; a user's mistake ends in one sentence on standard error and status 2."""
+    if sys.argv[1] in STaSCCLI.subcommands() and {"-h", "--help"} & set(sys.argv):
+        if sys.argv[-1] != "all":
+            print(help_text(sys.argv[1]))
+            return
+        sys.argv.pop()
     for name in ("lightning.pytorch", "lightning.fabric"):  # what devices there are, tips, the seed
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")

@@ -226,6 +226,23 @@ def test_top_level_help_loads_no_library():
     assert "jsonargparse" not in process.stderr
 
 
+def test_help_has_the_options_of_the_method_and_says_where_the_others_are(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["stasc", "fit", "--help"])
+    main()
+    shown = capsys.readouterr().out
+    options = ["algorithm.variant", "algorithm.n_init", "data.sampling.temperature", "model.base"]
+    options += ["sampler.kv_cache_gib", "run_dir"]
+    places = [shown.index(f"--{option} ") for option in options]
+    assert places == sorted(places)
+    assert "N_init, initial answers sampled for each question." in shown
+    assert "--trainer" not in shown
+    assert "python -m stasc fit --help all" in " ".join(shown.split())
+    monkeypatch.setattr(sys, "argv", ["stasc", "fit", "--help", "all"])
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    assert "--trainer.max_epochs" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_printed_config_is_a_config(stasc, tmp_path):
     first = stasc(
@@ -237,6 +254,10 @@ def test_printed_config_is_a_config(stasc, tmp_path):
     second = stasc("fit", "--config", path, "--print_config")
     assert second.stdout == first.stdout
     assert yaml.safe_load(first.stdout)["algorithm"]["init_args"]["variant"] == "FNF"
+    short = stasc("fit", "--config", path, "--print_config=skip_default")
+    assert len(short.stdout) < len(first.stdout) / 2
+    path.write_text(short.stdout)
+    assert stasc("fit", "--config", path, "--print_config").stdout == first.stdout
 
 
 @pytest.mark.slow
