@@ -239,8 +239,9 @@ def _table(rows: dict[str, tuple[dict[str, float], str]], first: str, last: str)
         )
         counts = "  ".join(f"{found[metric]:>5}" for metric in TRANSITIONS)
         r1, r2 = found["r1"], found["r2"]
+        delta = found.get("delta", r2 - r1)
         size_column = f"{size:>5}  " if last else ""
-        rewards = f"{name}  {r1:.3f}  {r2:.3f}  {r2 - r1:+.3f}  {error:>5}"
+        rewards = f"{name}  {r1:.3f}  {r2:.3f}  {delta:+.3f}  {error:>5}"
         lines.append(f"{rewards}  {size_column}{counts}  {same:>4}  {edit:>4}")
     return "\n".join(lines)
 
