@@ -173,8 +173,8 @@ class Run:
             ) from error
         except OSError as error:
             raise UserError(
-                f"{self.folder} cannot be locked ({error.strerror}): choose a --run_dir on a file system with "
-                "locks."
+                f"{self.folder} cannot be locked ({error.strerror}): choose a --run_dir on a file system "
+                "that has locks."
             ) from error
         file.truncate(0)
         print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-RANKS_WITH_ENGINES = """
+RANKS_WITH_ENGINES = r"""
 import ctypes, os, subprocess, sys, time
 from stasc.ending import end_on_signals, end_with, end_with_rank_zero
 
