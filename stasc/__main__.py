@@ -2,13 +2,13 @@
 
 import os
 import runpy
-import signal
 import sys
 from pathlib import Path
 
 from stasc import __version__
+from stasc.ending import end_on_signals, end_with_rank_zero
 from stasc.house import HOUSE
-from stasc.progress import Progress, speaks
+from stasc.progress import Progress
 
 SCRIPTS = ("variants", "grid", "baselines", "search")
 """Commands that are scripts."""
@@ -39,7 +39,8 @@ commands:
 def main() -> None:
     """Run a command.
 
-    After a mistake of the user it prints one sentence and exits with status 2, after Ctrl-C with status 130.
+    After a mistake of the user it prints one sentence and exits with status 2. A signal ends it with a
+    sentence and status 128 + its number, as 130 after Ctrl-C and 143 after SIGTERM.
     """
     if sys.argv[1:] in ([], ["-h"], ["--help"]):
         print(HELP)  # before the imports below, which take seconds
@@ -59,21 +60,12 @@ def main() -> None:
         return
     # Idle threads must not spin: sampling and training take turns on the same cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # nohup ignores it
-        signal.signal(signal.SIGINT, _interrupt)
-    try:
-        with Progress("loading the libraries"):
-            from stasc.cli import run
+    end_on_signals()
+    end_with_rank_zero()
+    with Progress("loading the libraries"):
+        from stasc.cli import run
 
-        run()
-    except (KeyboardInterrupt, SystemExit) as error:  # Lightning turns Ctrl-C into SystemExit(1)
-        if KeyboardInterrupt not in (type(error), type(error.__context__)):
-            raise
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Lightning has restored our handler
-        if speaks():
-            message = "stasc: interrupted; run the same command again to resume."
-            print(message, file=sys.stderr, flush=True)
-        sys.exit(130)
+    run()
 
 
 def _run_script(name: str) -> None:
@@ -81,11 +73,6 @@ def _run_script(name: str) -> None:
     sys.path.insert(0, str(scripts))  # they import each other
     del sys.argv[1]
     runpy.run_path(str(scripts / f"{name}.py"), run_name="__main__")
-
-
-def _interrupt(*_: object) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not interrupt the shutdown
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -14,11 +14,13 @@ from typing import Any
 import torch
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch.distributed import DistNetworkError
 from transformers.utils.logging import disable_progress_bar
 
 from callbacks import Curves, Evaluation, OuterLoop, TrainingProgress
@@ -33,6 +35,7 @@ from stasc.prompting import Dialogue
 from stasc.provenance import fingerprint, this_start
 from stasc.run import NEVER, START, TRAINING, FirstUse, Run, SystemRecord, first_use, flatten
 from stasc.sampling import Sampler, VLLMSampler
+from stasc.training.checkpoints import WholeCheckpoints
 from stasc.training.module import CorrectionSFT
 
 MADE_HERE = {"demo": demo.base_model, "smollm2-135m": smollm2.base_model}
@@ -168,6 +171,9 @@ class STaSCCLI(LightningCLI):
         kwargs["callbacks"] = [Evaluation(), *filter(None, users), OuterLoop(), checkpoint]
         if config.trainer.enable_progress_bar is not False:
             kwargs["callbacks"].append(TrainingProgress())
+        plugins = config.trainer.plugins
+        users = plugins if isinstance(plugins, list) else [plugins]
+        kwargs["plugins"] = [WholeCheckpoints(), *filter(None, users)]
         try:
             return super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, TypeError, ValueError) as error:
@@ -175,6 +181,8 @@ class STaSCCLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         """Put the experiment together, which finds mistakes before an engine starts."""
+        if self.trainer.num_nodes > 1:
+            _check_nodes(self.trainer)
         with Progress("reading the questions and the tokenizer"):
             experiment = self.datamodule.experiment = self._experiment()
         if self.subcommand != "fit":
@@ -184,6 +192,7 @@ class STaSCCLI(LightningCLI):
             return
         self.model.check(self.trainer.strategy)
         if rank_zero_only.rank == 0:
+            experiment.run.lock()
             experiment.run.claim(self.saved_config, self._system_record(), self._first_use, experiment.origin)
 
     def _experiment(self) -> Experiment:
@@ -336,6 +345,15 @@ def run() -> None:
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
+    except DistNetworkError as error:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        reason = str(error).partition("\n")[0]
+        print(
+            f"stasc: the training processes cannot meet at {place} ({reason}): set the variables MASTER_ADDR "
+            "and MASTER_PORT to an address and a free port of the first node.",
+            file=sys.stderr,
+        )
+        sys.exit(2)
     except (UserError, ArgumentError, MisconfigurationException) as mistake:
         sentence = " ".join(str(mistake).split())
         options = {argument.partition("=")[0] for argument in sys.argv}
@@ -379,6 +397,20 @@ def _not_ours(refusal: str) -> str | None:
 
 def _class_path(cls: type) -> dict[str, str]:
     return {"class_path": f"{cls.__module__}.{cls.__name__}"}
+
+
+def _check_nodes(trainer: Trainer) -> None:
+    """Say on each node that it waits for the others; raise UserError if they could not find each other."""
+    environment = trainer.strategy.cluster_environment
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK") if name not in os.environ]
+    if missing and isinstance(environment, LightningEnvironment):
+        raise UserError(
+            f"trainer.num_nodes is {trainer.num_nodes}, and {missing[0]} is not set: start the command on "
+            "all nodes with MASTER_ADDR and MASTER_PORT, which are of the first, and NODE_RANK, which is 0 there."
+        )
+    if trainer.local_rank == 0:
+        place = f"{environment.main_address}:{environment.main_port}"
+        print(f"waiting for all {trainer.num_nodes} nodes at {place}", flush=True)
 
 
 def _check_devices(accelerator: Any, devices: Any) -> None:

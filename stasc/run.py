@@ -6,14 +6,16 @@ flushed to disk, and renamed, so a kill at any moment leaves a stage either done
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -130,6 +132,7 @@ class Run:
         self.tensorboard = self.folder / "tensorboard"
         self.draws = self.folder / "draws"
         """Draws of the stage under way, and all draws of M_0."""
+        self._lock: IO[str] | None = None
 
     def iteration(self, n: int) -> Iteration:
         """The files of iteration ``n``."""
@@ -148,6 +151,36 @@ class Run:
                 f"{self.system} cannot be read ({' '.join(str(error).split())}): it is written when a run "
                 "starts, so start the run again with the same command."
             ) from error
+
+    def lock(self) -> None:
+        """Keep all others from running in this folder until this process ends or the object is gone.
+
+        The lock is the kernel's, on the file ``lock``. It ends with the process, however that ends, and no
+        engine or rank inherits it, so what a killed run has left behind does not hold up the next start. Over
+        NFS it keeps other machines out too, unless the folder is mounted with ``nolock`` or ``local_lock``:
+        then it holds on each machine for itself.
+
+        Raises:
+            UserError: Another process holds the lock, or the file system has no locks.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = (self.folder / "lock").open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise UserError(
+                f"{self.folder} has a run under way ({file.read().strip() or 'just started'}): wait for its "
+                "end or stop it, or choose another --run_dir."
+            ) from error
+        except OSError as error:
+            raise UserError(
+                f"{self.folder} cannot be locked ({error.strerror}): choose a --run_dir on a file system "
+                "that has locks."
+            ) from error
+        file.truncate(0)
+        print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
+        self._lock = file
 
     def claim(
         self,
@@ -203,14 +236,8 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
     """Write a text file as a whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".tmp")
-    with unfinished.open("w", encoding="utf-8", newline="\n") as file:
+    with write_file(path, "w", encoding="utf-8", newline="\n") as file:
         file.writelines(f"{line}\n" for line in lines)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
-    _sync(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -221,6 +248,19 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """What ``write_json`` wrote."""
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+@contextmanager
+def write_file(path: Path, mode: str, **options: Any) -> Iterator[IO[Any]]:
+    """Give a file to fill, opened as by ``open``, which becomes ``path`` at the end if nothing went wrong."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".tmp")
+    with unfinished.open(mode, **options) as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+    _sync(path.parent)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The same command after a kill -9 or Ctrl-C goes on where the run stopped, and ends with the same bytes."""
+"""The same command after a signal, kill -9 too, goes on where it stopped, and ends with the same bytes."""
 
 import json
 import os
@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, contents, curves, demo_fit, events, stasc_environment
+
+from stasc.run import Run
 
 pytestmark = pytest.mark.slow
 
@@ -135,14 +137,21 @@ def ctrl_c_is_heard() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("ctrl_c_is_heard")
-def test_interrupted_three_times_with_vllm(stasc, cache, with_vllm, tmp_path):
+def test_stopped_three_times_with_vllm(stasc, cache, with_vllm, tmp_path):
     run, log = tmp_path / "run", tmp_path / "log"
     command = (*demo_fit(run, **SIZES, sampler="VLLMSampler"), *OPTIONS)
+    other = Run(run)
+    other.lock()
+    refused = stasc(*command)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith(f"stasc: {run} has a run under way (process {os.getpid()} on")
+    assert [path.name for path in run.iterdir()] == ["lock"]
+    del other
     finished = {}
-    for there, not_there in (
-        ("engine-0.log", "draws"),  # while the engine starts
-        ("draws", "iteration-01/initial.jsonl"),  # while it samples
-        ("iteration-00/metrics.json", "iteration-01/model"),  # while the model trains
+    for there, not_there, number in (
+        ("engine-0.log", "draws", signal.SIGINT),  # while the engine starts
+        ("draws", "iteration-01/initial.jsonl", signal.SIGTERM),  # while it samples
+        ("iteration-00/metrics.json", "iteration-01/model", signal.SIGTERM),  # while the model trains
     ):
         with log.open("wb") as output:
             program = subprocess.Popen(
@@ -156,13 +165,14 @@ def test_interrupted_three_times_with_vllm(stasc, cache, with_vllm, tmp_path):
         wait_for(run / there, program)
         while program.poll() is None:  # an impatient user, and a terminal that tells the whole group
             with suppress(ProcessLookupError):
-                os.killpg(program.pid, signal.SIGINT)
+                os.killpg(program.pid, number)
             time.sleep(0.1)
         output = log.read_text()
-        assert program.returncode == 130, output
-        assert output.splitlines()[-1].startswith("stasc: interrupted; run the same command again")
+        assert program.returncode == 128 + number, output
+        sentence = f"stasc: stopped by {number.name}; run the same command again to go on."
+        assert output.splitlines()[-1] == sentence
         assert "Traceback" not in output
-        assert not (run / not_there).exists(), "interrupted too late"
+        assert not (run / not_there).exists(), "stopped too late"
         assert_no_workers(program.pid)
         finished |= {path: path.stat().st_mtime_ns for path in run.glob("iteration-*/*.json*")}
 

@@ -1,8 +1,14 @@
 """The run folder: whole files or none, and one configuration for each run."""
 
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import ROOT
 
 from stasc.algorithm import STaSC
 from stasc.errors import UserError
@@ -142,3 +148,31 @@ def test_a_run_of_an_earlier_version_is_not_continued(tmp_path):
         claim(run, config())
     with pytest.raises(UserError, match=r"system\.json cannot be read"):
         run.read_system()
+
+
+HOLDS_THE_LOCK = """
+import subprocess, sys
+from stasc.run import Run
+
+run = Run(sys.argv[1])
+run.lock()
+engine = subprocess.Popen(["sleep", "60"])
+print(engine.pid, flush=True)
+engine.wait()
+"""
+
+
+def test_a_second_start_is_refused_until_the_first_is_gone_even_if_its_engine_is_not(tmp_path):
+    command = [sys.executable, "-c", HOLDS_THE_LOCK, tmp_path]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    engine = int(first.stdout.readline())
+    with pytest.raises(UserError, match=rf"has a run under way \(process {first.pid} on .*\): wait for"):
+        Run(tmp_path).lock()
+    first.kill()
+    first.wait()
+    assert Path(f"/proc/{engine}/cmdline").read_text().startswith("sleep")
+    run = Run(tmp_path)
+    run.lock()
+    os.kill(engine, signal.SIGKILL)
+    del run
+    Run(tmp_path).lock()

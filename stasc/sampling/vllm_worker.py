@@ -7,9 +7,7 @@ message, a string, and ends.
 
 from __future__ import annotations
 
-import ctypes
 import json
-import os
 import signal
 import sys
 import traceback
@@ -19,12 +17,11 @@ from typing import TYPE_CHECKING, Never
 
 import torch.distributed as dist
 
+from stasc.ending import end_with
 from stasc.sampling.base import Draw, Request
 
 if TYPE_CHECKING:
     from vllm import RequestOutput
-
-_PR_SET_PDEATHSIG = 1
 
 
 class WeightSwap:
@@ -186,9 +183,7 @@ def _draw(token_ids: Sequence[int], finished: bool) -> Draw:
 def main() -> None:
     """Answer messages until the parent closes the pipe."""
     pipe, parent, options = Connection(int(sys.argv[1])), int(sys.argv[2]), json.loads(sys.argv[3])
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # the parent died before prctl
-        return
+    end_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         engine = Engine(**options)

@@ -124,7 +124,7 @@ class CorrectionSFT(LightningModule):
         """Find options that do not go with M_0 or the strategy, before an engine starts or a file is written.
 
         Raises:
-            UserError: M_0 lacks a layer that ``lora`` names, or the strategy does not support an option.
+            UserError: M_0 lacks a layer that ``lora`` names, or an option does not go with the strategy.
         """
         if isinstance(strategy, FSDPStrategy) and self.gradient_checkpointing:
             raise UserError(
@@ -135,6 +135,11 @@ class CorrectionSFT(LightningModule):
             raise UserError(
                 "model.lora trains part of the weights, for which FSDPStrategy needs use_orig_params: "
                 "remove it from trainer.strategy.dict_kwargs, or set it to true."
+            )
+        if isinstance(strategy, FSDPStrategy) and strategy._state_dict_type == "sharded":
+            raise UserError(
+                "trainer.strategy.init_args.state_dict_type is sharded, and a run goes on from a checkpoint "
+                "in one file: set it to full, or leave it out."
             )
         if self.attention == "flex" and strategy.root_device.type == "cpu":
             raise UserError("model.attention is flex, which cannot train on a CPU: set it to auto.")
