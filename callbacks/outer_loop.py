@@ -137,7 +137,7 @@ class OuterLoop(Callback):
             write_json(files.training, metrics)
             sequences = experiment.probe_sequences()
             Probe(sequences, log_probabilities(weights, experiment.base.path, sequences)).write(files.probe)
-            write_model(weights, experiment.base.path, files.model)
+            write_model(weights, experiment.base.path, files.model, experiment.manual)
         trainer.strategy.barrier("M_n is written")
 
 

@@ -55,7 +55,9 @@ class TrajectoryDataModule(LightningDataModule):
         train: Questions to learn from (D_0).
         test: Questions to report the rewards of.
         prompts: The messages of each prompt: ``initial``, ``correction``, and others that the algorithm asks.
-        sampling: How training answers and corrections are drawn.
+            Without ``fit`` these, ``evaluation.sampling`` and ``answer`` are by default what the folder of
+            ``model.base`` names (its ``stasc.yaml``).
+        sampling: How training answers and corrections are drawn; only ``fit`` draws them.
         evaluation: How models are evaluated.
         validation: Questions to choose the iteration on, or the share of ``train`` that is held out as such;
             without any nothing chooses but the test set.
@@ -87,10 +89,10 @@ class TrajectoryDataModule(LightningDataModule):
 
     def __init__(
         self,
-        train: QuestionSource,
-        test: QuestionSource,
-        prompts: dict[str, list[Message]],
-        sampling: Sampling,
+        train: QuestionSource | None = None,
+        test: QuestionSource | None = None,
+        prompts: dict[str, list[Message]] | None = None,
+        sampling: Sampling | None = None,
         evaluation: Evaluation = Evaluation(),  # noqa: B008  (frozen)
         validation: QuestionSource | float | None = None,
         training_prompts: dict[str, list[Message]] | None = None,
@@ -123,8 +125,10 @@ class TrajectoryDataModule(LightningDataModule):
                 questions["train"], questions[name] = hold_out(self.sources["train"].load(), source)
             elif source is not None:
                 questions[name] = source.load(with_references=name != "predict")
-            elif subcommand != "fit":
-                raise UserError(f"data.{name} is not set: give the questions, as data.train has them.")
+            elif name != "validation" or subcommand != "fit":
+                raise UserError(
+                    f"data.{name} is not set: give a source of questions, such as data.QuestionFile."
+                )
         return questions
 
     # Training

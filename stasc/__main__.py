@@ -3,6 +3,7 @@
 import os
 import runpy
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from stasc import __version__
@@ -19,9 +20,10 @@ Self-Taught Self-Correction: a small language model learns from its own correcti
 
 commands:
   fit       run the algorithm: sample, correct, filter, fine-tune, N times
-  validate  evaluate a model folder (the same as test)
-  test      evaluate a model folder: --model.base FOLDER
+  validate  evaluate a model folder on data.validation
+  test      evaluate a model folder on data.test: --model.base FOLDER
   predict   answer and correct the questions of a file: --data.predict ...
+  chat      answer and correct what you type: --model.base FOLDER
   report    tables, figures and a page from run folders: report RUN... --out FOLDER
   variants, grid, baselines
             ablations: many runs of fit, by seeds and systems
@@ -57,6 +59,12 @@ def main() -> None:
         from stasc.report.command import main as report
 
         report(sys.argv[2:])
+        return
+    if sys.argv[1] == "chat":
+        with suppress(KeyboardInterrupt):
+            from stasc.chat import main as chat
+
+            chat(sys.argv[2:])
         return
     # Idle threads must not spin: sampling and training take turns on the same cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

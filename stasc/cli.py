@@ -29,6 +29,7 @@ from stasc.algorithm import Algorithm, STaSC
 from stasc.errors import UserError
 from stasc.experiment import Experiment
 from stasc.house import OWN_PACKAGES, config_file
+from stasc.manual import Manual
 from stasc.model_folder import ModelFolder
 from stasc.progress import Progress, say
 from stasc.prompting import Dialogue
@@ -113,6 +114,16 @@ class STaSCCLI(LightningCLI):
             default=None,
             help="Another run, or a folder of runs: take M_0's draws from it where it was asked the same.",
         )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse; what a command other than ``fit`` leaves open is as the model's manual has it."""
+        super().parse_arguments(parser, args)
+        base = self.config[self.config.subcommand].model.base
+        if self.config.subcommand == "fit" or base in MADE_HERE:
+            return
+        if manual := Manual.find(ModelFolder.locate(base).path):
+            self._parser(self.config.subcommand).set_defaults(manual.options)
+            super().parse_arguments(parser, args)
 
     def before_instantiate_classes(self) -> None:
         """Check the trainer's options; make M_0 if it is one that is made here."""
@@ -199,6 +210,11 @@ class STaSCCLI(LightningCLI):
         config, data = self.config_init[self.subcommand], self.datamodule
         questions = data.load_questions(self.subcommand)
         base = ModelFolder.locate(self.model.base)
+        if data.prompts is None:
+            nor = "" if self.subcommand == "fit" else f", and {base.path} has no stasc.yaml that has them"
+            raise UserError(f"data.prompts is not set{nor}: give a file, such as configs/prompts/paper.yaml.")
+        if data.sampling is None and self.subcommand == "fit":
+            raise UserError("data.sampling is not set: give temperature, top_p and max_tokens.")
         origin = this_start() | {
             "model": {
                 "base": self.saved_config["model"]["base"],
@@ -406,7 +422,7 @@ def _check_nodes(trainer: Trainer) -> None:
     if missing and isinstance(environment, LightningEnvironment):
         raise UserError(
             f"trainer.num_nodes is {trainer.num_nodes}, and {missing[0]} is not set: start the command on "
-            "all nodes with MASTER_ADDR and MASTER_PORT, which are of the first, and NODE_RANK, which is 0 there."
+            "all nodes with MASTER_ADDR and MASTER_PORT, which are of the first, and NODE_RANK, 0 there."
         )
     if trainer.local_rank == 0:
         place = f"{environment.main_address}:{environment.main_port}"

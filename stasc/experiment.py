@@ -16,6 +16,7 @@ from stasc import processes
 from stasc.algorithm import Algorithm, Turn
 from stasc.answers import FinalAnswer
 from stasc.errors import UserError
+from stasc.manual import Manual
 from stasc.metrics import answer_metrics, chosen, dataset_sizes, evaluation_metrics, reward_metrics, why_empty
 from stasc.model_folder import ModelFolder
 from stasc.prompting import Dialogue, check_prompts
@@ -77,7 +78,7 @@ class Experiment:
         reward: r, scores it.
         questions: ``train`` (D_0), ``validation`` if there are any, and ``test``; or one of these or
             ``predict`` alone. Only those that will be asked.
-        sampling: How training answers and corrections are drawn.
+        sampling: How training answers and corrections are drawn; None without ``train``.
         evaluation: How a model is evaluated.
         base: M_0.
         run: The run folder.
@@ -93,7 +94,7 @@ class Experiment:
     answer: FinalAnswer
     reward: Reward
     questions: Mapping[str, Sequence[Question]]
-    sampling: Sampling
+    sampling: Sampling | None
     evaluation: Evaluation
     base: ModelFolder
     run: Run
@@ -173,6 +174,12 @@ class Experiment:
     def model_folder(self, n: int) -> Path:
         """Where M_n lies."""
         return self.run.iteration(n).model if n else self.base.path
+
+    @property
+    def manual(self) -> Manual:
+        """How every M_n is asked in evaluation, for those who use it."""
+        turns = [turn.prompt for turn in self.algorithm.test_turns(1)]
+        return Manual.of_run(self.run.read_config(), turns)
 
     def probe_sequences(self) -> list[list[int]]:
         """A few token sequences on which the engine and the trainer must agree."""
@@ -380,7 +387,8 @@ class Experiment:
     def __post_init__(self) -> None:
         if self.reuse is not None and not self.reuse.is_dir():
             raise UserError(f"reuse is {self.reuse}, which is not a folder: name a run, or a folder of runs.")
-        if self.sampling.temperature == 0 and any(turn.samples > 1 for turn in self.algorithm.turns):
+        greedy = self.sampling is not None and self.sampling.temperature == 0
+        if greedy and any(turn.samples > 1 for turn in self.algorithm.turns):
             raise UserError(
                 "data.sampling.temperature is 0, so all draws of a prompt are the same: "
                 "raise it, or set algorithm.n_init and algorithm.n_corr to 1."

@@ -47,7 +47,7 @@ class ModelFolder:
             raise UserError(f"{folder} has no config.json: model.base must be a model folder or a hub id.")
         if model.startswith((".", "/", "~")):
             raise UserError(f"model.base {model} does not exist: it must be a model folder or a hub id.")
-        wanted = ["*.safetensors", *_FILES_BESIDE_WEIGHTS]
+        wanted = ["*.safetensors", *_FILES_BESIDE_WEIGHTS, "stasc.yaml", "README.md"]
         try:
             return cls(Path(snapshot_download(model, allow_patterns=wanted)))
         except Exception as error:  # the hub client raises a dozen unrelated types

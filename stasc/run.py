@@ -138,6 +138,10 @@ class Run:
         """The files of iteration ``n``."""
         return Iteration(self.folder, n)
 
+    def read_config(self) -> dict[str, Any]:
+        """The content of ``config.yaml``."""
+        return yaml.safe_load(self.config.read_text(encoding="utf-8"))
+
     def read_system(self) -> SystemRecord:
         """The content of ``system.json``.
 
@@ -207,7 +211,7 @@ class Run:
                     f"{self.folder} holds a run of an earlier version of stasc: choose another --run_dir, or "
                     "remove that folder."
                 )
-            before, now = flatten(yaml.safe_load(self.config.read_text(encoding="utf-8"))), flatten(config)
+            before, now = flatten(self.read_config()), flatten(config)
             for option in sorted(before.keys() | now.keys()):
                 old, new = before.get(option), now.get(option)
                 if old != new and first_use(option, old, new).reached(self.folder):

@@ -49,7 +49,7 @@ class Answer:
         text: The answer as text.
         token_ids: The sampled ids, without the token that ended the turn.
         finished: Whether there was such a token; False where the answer was cut at the token limit.
-        reward: r(y).
+        reward: r(y); NaN where nobody scores it.
     """
 
     prompt: str
