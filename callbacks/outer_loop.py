@@ -86,7 +86,6 @@ class OuterLoop(Callback):
             )
         if experiment.missing(experiment.run.iteration(n).model):
             self._write_model(trainer, pl_module)
-        torch.cuda.empty_cache()  # the engine, another process, takes what training leaves
 
     def _write_model(self, trainer: Trainer, pl_module: CorrectionSFT) -> None:
         """Write M_n, which comes last because its folder marks the iteration as trained."""

@@ -154,15 +154,17 @@ class Experiment:
 
     # ------------------------------------------------------------------ around it
 
-    def start(self, device: torch.device, log: Path) -> None:
+    def start(self, device: torch.device, log: Path, memory: int | None = None) -> None:
         """Start the engine with M_0; it gets ready while the trainer loads its model.
 
         Args:
             device: Where this process trains, and where its engine samples.
             log: What the engine itself prints.
+            memory: Bytes of the device that the engine may take; None: whatever is free.
         """
         log.parent.mkdir(parents=True, exist_ok=True)
         self.rollout = Rollout(self.sampler, self.dialogue, self.answer, self.reward, self.seed, self.context)
+        self.sampler.memory = memory
         self.sampler.start(self.base.path, device=device, context=self.context, log=log)
 
     def model_folder(self, n: int) -> Path:
