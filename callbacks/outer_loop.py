@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from data import TrajectoryDataModule
+from stasc import processes
 from stasc.run import write_json
 from stasc.sampling.probe import Probe
 from stasc.training.module import CorrectionSFT
@@ -101,6 +102,9 @@ class OuterLoop(Callback):
             }
             write_json(files.training, metrics)
             sequences = experiment.probe_sequences()
-            Probe(sequences, log_probabilities(weights, experiment.base.path, sequences)).write(files.probe)
-            write_model(weights, experiment.base.path, files.model)
-        trainer.strategy.barrier("M_n is written")
+            base, of_m0 = experiment.base.path, experiment.run.iteration(0).probe
+            if not of_m0.exists():
+                Probe(sequences, log_probabilities(None, base, sequences)).write(of_m0)
+            Probe(sequences, log_probabilities(weights, base, sequences)).write(files.probe)
+            write_model(weights, base, files.model)
+        processes.wait_for(files.model)
