@@ -85,11 +85,15 @@ class OuterLoop(Callback):
                 "Non-decreasing variant or a lower algorithm.threshold, or an easier task.",
                 flush=True,
             )
-        if experiment.missing(experiment.run.iteration(n).model):
-            self._write_model(trainer, pl_module)
+        self._write_model(trainer, pl_module)
 
     def _write_model(self, trainer: Trainer, pl_module: CorrectionSFT) -> None:
-        """Write M_n, which comes last because its folder marks the iteration as trained."""
+        """Write M_n, which comes last because its folder marks the iteration as trained.
+
+        If it is there already, a kill came between it and the checkpoint, and M_n was trained again. On a
+        GPU that need not give the same bits, and the next iteration goes on from what is in the trainer now.
+        So it is written again; nothing has followed from the first one yet.
+        """
         experiment, n = trainer.datamodule.experiment, self.prepared
         files = experiment.run.iteration(n)
         weights = gather_weights(trainer.strategy.model, experiment.base.path, pl_module.lora)
