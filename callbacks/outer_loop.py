@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from data import TrajectoryDataModule
+from stasc import processes
 from stasc.experiment import Experiment
 from stasc.progress import say
 from stasc.run import write_json
@@ -95,9 +96,7 @@ class OuterLoop(Callback):
                 "(algorithm.n_init, algorithm.n_corr), raise data.sampling.temperature, take a "
                 "Non-decreasing variant or a lower algorithm.threshold, or an easier task."
             )
-        if experiment.missing(experiment.run.iteration(n).model):
-            self._write_model(trainer, pl_module)
-        torch.cuda.empty_cache()  # the engine, another process, takes what training leaves
+        self._write_model(trainer, pl_module)
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: CorrectionSFT, checkpoint: dict[str, Any]
@@ -123,7 +122,12 @@ class OuterLoop(Callback):
         checkpoint.setdefault("lr_schedulers", [])
 
     def _write_model(self, trainer: Trainer, pl_module: CorrectionSFT) -> None:
-        """Write M_n, which comes last because its folder marks the iteration as trained."""
+        """Write M_n, which comes last because its folder marks the iteration as trained.
+
+        If it is there already, a kill came between it and the checkpoint, and M_n was trained again. On a
+        GPU that need not give the same bits, and the next iteration goes on from what is in the trainer now.
+        So it is written again; nothing has followed from the first one yet.
+        """
         experiment, n = trainer.datamodule.experiment, self.prepared
         files = experiment.run.iteration(n)
         weights = gather_weights(trainer.strategy.model, experiment.base.path, pl_module.lora)
@@ -136,9 +140,12 @@ class OuterLoop(Callback):
             }
             write_json(files.training, metrics)
             sequences = experiment.probe_sequences()
-            Probe(sequences, log_probabilities(weights, experiment.base.path, sequences)).write(files.probe)
-            write_model(weights, experiment.base.path, files.model, experiment.manual)
-        trainer.strategy.barrier("M_n is written")
+            base, of_m0 = experiment.base.path, experiment.run.iteration(0).probe
+            if not of_m0.exists():
+                Probe(sequences, log_probabilities(None, base, sequences)).write(of_m0)
+            Probe(sequences, log_probabilities(weights, base, sequences)).write(files.probe)
+            write_model(weights, base, files.model, experiment.manual)
+        processes.wait_for(files.model)
 
 
 def _only_in_checkpoint(experiment: Experiment, module: CorrectionSFT, n: int) -> bool:

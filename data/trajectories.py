@@ -16,6 +16,7 @@ from data.questions import QuestionSource, hold_out
 from stasc.answers import FinalAnswer, WholeCompletion
 from stasc.errors import UserError
 from stasc.experiment import Evaluation, Experiment
+from stasc.memory import engine_share
 from stasc.progress import Pace, say
 from stasc.prompting import Message
 from stasc.reward import InAccuracy, Reward
@@ -152,8 +153,11 @@ class TrajectoryDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Start the engine, which gets ready while the trainer loads its model."""
         self.pace = Pace(self.experiment.algorithm.iterations)
+        device = self.trainer.strategy.root_device
+        training = self.trainer.lightning_module.training_bytes() if stage == "fit" else 0
+        memory = engine_share(device, training, self.trainer.num_devices)
         log = self.experiment.run.folder / f"engine-{self.trainer.global_rank}.log"
-        self.experiment.start(self.trainer.strategy.root_device, log)
+        self.experiment.start(device, log, memory)
 
     def train_dataloader(self) -> DataLoader:
         """Steps 1 to 3 of the iteration under way, unless they are done, and the batches of D_n."""

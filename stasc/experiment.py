@@ -160,15 +160,18 @@ class Experiment:
 
     # ------------------------------------------------------------------ around it
 
-    def start(self, device: torch.device, log: Path) -> None:
+    def start(self, device: torch.device, log: Path, memory: int | None = None) -> None:
         """Start the engine with M_0; it gets ready while the trainer loads its model.
 
         Args:
             device: Where this process trains, and where its engine samples.
             log: What the engine itself prints.
+            memory: Bytes of the device that the engine may take; None: whatever is free.
         """
         log.parent.mkdir(parents=True, exist_ok=True)
         self.rollout = Rollout(self.sampler, self.dialogue, self.answer, self.reward, self.seed, self.context)
+        self._loaded = 0
+        self.sampler.memory = memory
         self.sampler.start(self.base.path, device=device, context=self.context, log=log)
 
     def model_folder(self, n: int) -> Path:
@@ -217,8 +220,11 @@ class Experiment:
         return self._ask(0, questions, turns, sampling, "predict", journal=False)
 
     def missing(self, path: Path) -> bool:
-        """Whether a file is still to be made; rank 0 looks, so that all processes agree."""
-        return processes.from_rank_zero(not path.exists())
+        """Whether a file is still to be made; rank 0 alone looks, so that all processes agree.
+
+        On a network file system a node that looked too would go on for a while not to see the file.
+        """
+        return processes.from_rank_zero(processes.rank() == 0 and not path.exists())
 
     # ------------------------------------------------------------------ evaluation
 
@@ -326,12 +332,14 @@ class Experiment:
 
     def load(self, n: int) -> None:
         """Have the sampler take M_n, and make sure that it did."""
-        folder = self.model_folder(n)
-        if folder != self._loaded:
-            self.sampler.load(folder)
-            if n > 0:
-                Probe.read(self.run.iteration(n).probe).check(self.sampler, folder)
-            self._loaded = folder
+        if n == self._loaded:
+            return
+        folder, before = self.model_folder(n), self.run.iteration(self._loaded).probe
+        self.sampler.load(folder)
+        if n > 0:
+            probe = Probe.read(self.run.iteration(n).probe)
+            probe.check(self.sampler, folder, Probe.read(before) if before.is_file() else None)
+        self._loaded = n
 
     def _journal(self, n: int, sampling: Sampling, stage: str) -> Journal:
         """The journal of a stage in which M_n answers; that of M_0 stays, for other runs."""
@@ -370,7 +378,7 @@ class Experiment:
             if processes.rank() == 0:
                 write_lines(path, map(to_json, records))
                 shutil.rmtree(self.run.draws / "under-way", ignore_errors=True)
-            processes.from_rank_zero(f"{path.name} is written")
+            processes.wait_for(path)
         return self._records(path, source)
 
     def _records(self, path: Path, source: str) -> Records[Record]:
@@ -380,7 +388,7 @@ class Experiment:
     def _write(self, path: Path, metrics: dict[str, Any]) -> None:
         if processes.rank() == 0:
             write_json(path, metrics)
-        processes.from_rank_zero(f"{path.name} is written")
+        processes.wait_for(path)
 
     # ------------------------------------------------------------------ checks before an engine starts
 
@@ -397,7 +405,7 @@ class Experiment:
         asks = {turn.prompt for turn in (*self.algorithm.turns, *self.algorithm.test_turns(1))}
         check_prompts(self.dialogue.prompts, asks | learns, "data.prompts")
         check_prompts(self.training_dialogue.prompts, learns, "data.training_prompts")
-        self._loaded: Path | None = None
+        self._loaded = 0
         self.context = max(map(self._longest, self.questions))
         """Tokens that the longest prompt and its answer can take together."""
 

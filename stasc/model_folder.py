@@ -6,12 +6,14 @@ Sampling and training both read a model folder through this module.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
@@ -94,6 +96,27 @@ class ModelFolder:
                 "that the model can take."
             )
         return tokens
+
+    @property
+    def number_bytes(self) -> int:
+        """Bytes of a number in the dtype of the weights."""
+        return getattr(torch, self.dtype).itemsize
+
+    def weight_bytes(self) -> int:
+        """Bytes of the weights in their dtype.
+
+        Raises:
+            UserError: See ``tensor_shapes``.
+        """
+        return self.number_bytes * sum(math.prod(shape) for shape in self.tensor_shapes().values())
+
+    def cache_bytes_per_token(self) -> int:
+        """Bytes of a token's keys and values in all layers; as if no layer had a sliding window."""
+        config = AutoConfig.from_pretrained(self.path).get_text_config()
+        heads = config.num_attention_heads
+        key_value_heads = getattr(config, "num_key_value_heads", None) or heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // heads
+        return 2 * config.num_hidden_layers * key_value_heads * size * self.number_bytes
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, loaded."""

@@ -99,7 +99,7 @@ class Iteration:
         self.training = self.folder / "training.json"
         """Rewards of the trajectories, what D_n holds, and how the fine-tuning went."""
         self.probe = self.folder / "probe.json"
-        """Log-probabilities of a few fixed sequences under M_n while it is still in the trainer."""
+        """Log-probabilities of a few fixed sequences under M_n while it is still in the trainer, or M_0's."""
         self.model = self.folder / "model"
         """M_n as a Hugging Face folder."""
         self.validation = self.folder / "validation.jsonl"
@@ -269,16 +269,20 @@ def write_file(path: Path, mode: str, **options: Any) -> Iterator[IO[Any]]:
 
 @contextmanager
 def write_folder(folder: Path) -> Iterator[Path]:
-    """Give an empty folder to fill, which becomes ``folder`` at the end if nothing went wrong."""
-    unfinished = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    """Give an empty folder to fill, which takes the place of ``folder`` at the end if nothing went wrong."""
+    unfinished, replaced = (folder.with_name(folder.name + suffix) for suffix in (".tmp", ".old"))
+    for leftover in (unfinished, replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
     unfinished.mkdir(parents=True)
     yield unfinished
     for path in sorted(unfinished.rglob("*")):
         _sync(path)
     _sync(unfinished)
+    if folder.exists():  # a folder that is not empty cannot be replaced in one step
+        folder.replace(replaced)
     unfinished.replace(folder)
     _sync(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

@@ -1,7 +1,9 @@
 """The command line as a user meets it: bad input ends in one sentence, status 2, and nothing written."""
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -311,3 +313,17 @@ def test_the_readmes_own_task(stasc, tmp_path):
     assert process.returncode == 0, process.stderr
     questions = [json.loads(line)["question"] for line in (tmp_path / "run/test.jsonl").open()]
     assert [question["text"] for question in questions] == ["Why 0?", "Why 1?", "Why 2?"]
+
+
+def test_setup_refuses_a_driver_that_cannot_run_cuda_13(tmp_path):
+    for name in ("setup.sh", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 535.183.01\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable}
+    refused = subprocess.run(
+        ["bash", "setup.sh", "gpu"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("setup: the NVIDIA driver is 535.183.01, and CUDA 13 needs 580 or newer")
+    assert not (tmp_path / ".venv").exists()

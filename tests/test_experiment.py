@@ -1,6 +1,8 @@
 """The stages of Algorithm 1 without Lightning: what each is made of, and what is found before they begin."""
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from stasc.provenance import fingerprint
 from stasc.reward import Reward
 from stasc.run import Run, read_json, write_json
 from stasc.sampling import Sampling, TransformersSampler
+from stasc.sampling.probe import Probe
 from stasc.trajectory import Question
 
 PROMPTS = {
@@ -160,6 +163,22 @@ def test_the_chosen_model_is_tested_if_it_was_not(make):
     assert after["test"]["count"] == 5
     assert set(after) == {*before, "test"}
     assert make(STaSC("EIE"), started=False).choose() is None
+
+
+def test_an_engine_that_keeps_its_model_is_found_where_half_precision_rounds(make, model, tmp_path):
+    """Its M_1 is only 0.01 off M_0, and so are the log-probabilities of an engine that still holds M_0."""
+    shutil.copytree(model.path, tmp_path / "half")
+    config = json.loads((tmp_path / "half/config.json").read_text())
+    (tmp_path / "half/config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    experiment = make(STaSC("EIE"), base=ModelFolder(tmp_path / "half"))
+    shutil.copytree(tmp_path / "half", experiment.model_folder(1))
+    sequences = [list(range(1, 100))]
+    [scores] = experiment.sampler.log_probabilities(sequences)
+    for n in (0, 1):
+        probe = Probe(sequences, [[score + 0.01 * n for score in scores]])
+        probe.write(experiment.run.iteration(n).probe)
+    with pytest.raises(UserError, match=r"does not hold .*iteration-01/model but the model before it"):
+        experiment.load(1)
 
 
 def test_draws_of_m0_stay_for_other_runs_and_those_of_others_do_not(make, tmp_path):

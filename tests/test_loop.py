@@ -124,7 +124,7 @@ def test_a_log_of_the_quickstart_has_plain_lines_with_times(quickstart):
 
 
 def test_every_iteration_leaves_its_files(quickstart):
-    assert {path.name for path in quickstart.folder(0).iterdir()} == EVALUATION
+    assert {path.name for path in quickstart.folder(0).iterdir()} == EVALUATION | {"probe.json"}
     for n in TRAINED:
         assert {path.name for path in quickstart.folder(n).iterdir()} == EVALUATION | STEPS
     assert {path.name for path in quickstart.run.iterdir()} >= {"config.yaml", "checkpoints", "tensorboard"}

@@ -4,12 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import ROOT
 
+from stasc import processes
 from stasc.algorithm import STaSC
 from stasc.errors import UserError
 from stasc.run import (
@@ -69,6 +71,20 @@ def test_what_is_interrupted_leaves_the_old_file_and_no_folder(tmp_path):
         assert not any(folder.iterdir())
         (folder / "weights").write_text("whole")
     assert [p.name for p in (tmp_path / "model").iterdir()] == ["weights"]
+    with write_folder(tmp_path / "model") as folder:
+        (folder / "others").write_text("whole")
+    assert [p.name for p in (tmp_path / "model").iterdir()] == ["others"]
+    assert {p.name for p in tmp_path.iterdir()} == {"deep", "model"}
+
+
+def test_a_file_that_another_node_has_written_is_waited_for(tmp_path, monkeypatch):
+    path = tmp_path / "made" / "file"
+    threading.Timer(0.5, write_lines, (path, ["here"])).start()
+    processes.wait_for(path)
+    assert path.read_text() == "here\n"
+    monkeypatch.setattr(processes, "PATIENCE", 0.1)
+    with pytest.raises(UserError, match="nowhere is written, and process 0 does not see it"):
+        processes.wait_for(tmp_path / "nowhere")
 
 
 def test_a_run_goes_on_with_whatever_has_no_part_in_its_results(tmp_path):

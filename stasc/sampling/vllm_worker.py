@@ -46,11 +46,14 @@ class Engine:
         model: Model folder to load first.
         dtype: Of weights and activations, also for folders that are loaded later.
         context: Maximum number of tokens of a prompt and its completion together.
+        sequences: Maximum number of completions at the same time.
         kv_cache_bytes: Size of the key-value cache. By default vLLM takes almost all free memory.
         device: Type of the device, "cpu" or "cuda"; the installed vLLM must be built for it.
     """
 
-    def __init__(self, model: str, dtype: str, context: int, kv_cache_bytes: int, device: str) -> None:
+    def __init__(
+        self, model: str, dtype: str, context: int, sequences: int, kv_cache_bytes: int, device: str
+    ) -> None:
         from vllm import EngineArgs, LLMEngine
         from vllm.platforms import current_platform
         from vllm.usage.usage_lib import UsageContext
@@ -74,6 +77,7 @@ class Engine:
             model=model,
             dtype=dtype,
             max_model_len=context,
+            max_num_seqs=sequences,
             kv_cache_memory_bytes=kv_cache_bytes,
             enable_prefix_caching=True,
             skip_tokenizer_init=True,

@@ -11,12 +11,14 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import MixedPrecision
-from lightning.pytorch.strategies import FSDPStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, Strategy
 from torch import Tensor
+from torch.distributed.fsdp import ShardingStrategy
 from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 
 from stasc.errors import UserError
+from stasc.memory import training_bytes
 from stasc.model_folder import ModelFolder
 from stasc.run import NEVER, START, TRAINING, FirstUses
 from stasc.training.batches import Batch
@@ -145,6 +147,31 @@ class CorrectionSFT(LightningModule):
             raise UserError("model.attention is flex, which cannot train on a CPU: set it to auto.")
         if self.lora:
             self.lora.add_to(empty_model(ModelFolder.locate(self.base).path))
+
+    def training_bytes(self) -> int:
+        """Bytes that training holds on this process' device while the engine has its memory there.
+
+        Only the two strategies that the configs have are known; for another one set the engine's cache.
+        """
+        strategy, trainer = self.trainer.strategy, self.trainer
+        shards = 1
+        if isinstance(strategy, FSDPStrategy):
+            a_copy_in = {
+                ShardingStrategy.NO_SHARD: 1,
+                ShardingStrategy.HYBRID_SHARD: trainer.num_devices,
+                ShardingStrategy._HYBRID_SHARD_ZERO2: trainer.num_devices,
+            }
+            shards = a_copy_in.get(strategy.sharding_strategy, trainer.world_size)
+        model = empty_model(ModelFolder.locate(self.base).path)
+        if self.lora:
+            self.lora.add_to(model)
+        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+        return training_bytes(
+            frozen=sum(size for size, trains in sizes if not trains),
+            trained=sum(size for size, trains in sizes if trains),
+            shards=shards,
+            gradients=isinstance(strategy, DDPStrategy) or strategy.root_device.type == "cpu",
+        )
 
     def configure_model(self) -> None:
         """Load M_0 if this is training; all else samples with an engine and needs no model here."""

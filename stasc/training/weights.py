@@ -102,17 +102,20 @@ def write_model(weights: dict[str, Tensor], base: Path, folder: Path, manual: Ma
 
 @torch.inference_mode()
 def log_probabilities(
-    weights: dict[str, Tensor], base: Path, sequences: Sequence[Sequence[int]]
+    weights: dict[str, Tensor] | None, base: Path, sequences: Sequence[Sequence[int]]
 ) -> list[list[float]]:
     """Log-probability of each token but the first of each sequence, in float32 on the CPU.
 
     The weights are taken from memory, as gathered from the trainer, to compare them with an engine that has
-    read its own from files. Of the folder ``base`` only the config is read.
+    read its own from files. Of the folder ``base`` only the config is read; without weights they are its own.
     """
-    empty = empty_model(base)
-    model = type(empty).from_pretrained(
-        None, config=empty.config, state_dict=dict(weights), dtype=torch.float32
-    )
+    if weights is None:
+        model = load_model(base)
+    else:
+        empty = empty_model(base)
+        model = type(empty).from_pretrained(
+            None, config=empty.config, state_dict=dict(weights), dtype=torch.float32
+        )
     model.eval()
     found = []
     for sequence in sequences:
