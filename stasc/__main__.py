@@ -21,6 +21,7 @@ commands:
   validate  evaluate a model folder (the same as test)
   test      evaluate a model folder: --model.base FOLDER
   predict   answer and correct the questions of a file: --data.predict ...
+  check     rehearse a run: does it fit, and how long will it take?
   report    tables, figures and a page from run folders: report RUN... --out FOLDER
   variants, grid, baselines
             ablations: many runs of fit, by seeds and systems
@@ -54,6 +55,11 @@ def main() -> None:
         from stasc.report.command import main as report
 
         report(sys.argv[2:])
+        return
+    if sys.argv[1] == "check":
+        from stasc.check import main as check
+
+        check(sys.argv[2:])
         return
     # Idle threads must not spin: sampling and training take turns on the same cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
