@@ -202,7 +202,7 @@ class Phases:
 
     Args:
         device: Where the trainer and its engine are.
-        path: JSON file with all that was found, written whenever a phase begins.
+        path: JSON file with all that was found, written again and again.
         phase: The first one.
     """
 
@@ -221,14 +221,10 @@ class Phases:
         """Begin a phase; gives the one before."""
         with self._lock:
             self._look()
+            before, self.found["phase"] = self.found["phase"], phase
             if self.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self.device)
-            now, before = time.time(), self.found["phase"]
-            self.found["seconds"][before] += now - self._since
-            self.found["phase"], self._since = phase, now
-            unfinished = self.path.with_suffix(".tmp")
-            unfinished.write_text(json.dumps(self.found), encoding="utf-8")
-            unfinished.replace(self.path)
+            self._write()
         return before
 
     def end(self) -> None:
@@ -240,8 +236,17 @@ class Phases:
         while not self._ended.wait(0.2):
             with self._lock:
                 self._look()
+                self._write()  # the process may be killed at any moment
+
+    def _write(self) -> None:
+        unfinished = self.path.with_suffix(".tmp")
+        unfinished.write_text(json.dumps(self.found), encoding="utf-8")
+        unfinished.replace(self.path)
 
     def _look(self) -> None:
+        moment = time.time()
+        self.found["seconds"][self.found["phase"]] += moment - self._since
+        self._since = moment
         trainer, engine = _resident()
         now = {"trainer": trainer, "engine": engine, "device": trainer + engine, "host": trainer + engine}
         if self.device.type == "cuda":

