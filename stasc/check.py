@@ -351,12 +351,14 @@ def _measured(whole: _Whole, *, random_weights: bool) -> Iterator[str]:
                 f"tokens a second; micro-batches have up to {largest:,} tokens."
             )
     if whole.iterations:
-        yield "The second start went on from the checkpoint of the first, and each M_n passed its probe."
+        resumed = "going on in" in whole.starts[1].log.read_text(encoding="utf-8", errors="replace")
+        went_on = "went on from" if resumed else "**did not find**"
+        yield f"The second start {went_on} the checkpoint of the first; each M_n passed its probe."
     differ, draws = whole.last["alone"]
     yield (
         f"{differ} of {draws} draws differ where each prompt is asked alone"
         + (": draws depend on the batch here." if differ else ".")
-        + (" sampler.batch_invariant is the cure." if differ and whole.on_gpu else "")
+        + (" sampler.batch_invariant true is the cure." if differ and whole.on_gpu and cache else "")
     )
 
 
