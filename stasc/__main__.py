@@ -24,6 +24,7 @@ commands:
   test      evaluate a model folder on data.test: --model.base FOLDER
   predict   answer and correct the questions of a file: --data.predict ...
   chat      answer and correct what you type: --model.base FOLDER
+  check     rehearse a run: does it fit, and how long will it take?
   report    tables, figures and a page from run folders: report RUN... --out FOLDER
   variants, grid, baselines
             ablations: many runs of fit, by seeds and systems
@@ -65,6 +66,11 @@ def main() -> None:
             from stasc.chat import main as chat
 
             chat(sys.argv[2:])
+        return
+    if sys.argv[1] == "check":
+        from stasc.check import main as check
+
+        check(sys.argv[2:])
         return
     # Idle threads must not spin: sampling and training take turns on the same cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -36,8 +36,12 @@ class ModelFolder:
     path: Path
 
     @classmethod
-    def locate(cls, model: str) -> ModelFolder:
+    def locate(cls, model: str, *, weights: bool = True) -> ModelFolder:
         """The folder of a model given as a path or as a hub id; the hub's is downloaded once.
+
+        Args:
+            model: The path or the id.
+            weights: Whether the hub's weights are wanted, beside its config and tokenizer.
 
         Raises:
             UserError: There is no such folder or hub model.
@@ -49,7 +53,7 @@ class ModelFolder:
             raise UserError(f"{folder} has no config.json: model.base must be a model folder or a hub id.")
         if model.startswith((".", "/", "~")):
             raise UserError(f"model.base {model} does not exist: it must be a model folder or a hub id.")
-        wanted = ["*.safetensors", *_FILES_BESIDE_WEIGHTS, "stasc.yaml", "README.md"]
+        wanted = [*_FILES_BESIDE_WEIGHTS, "stasc.yaml", "README.md", *(["*.safetensors"] if weights else [])]
         try:
             return cls(Path(snapshot_download(model, allow_patterns=wanted)))
         except Exception as error:  # the hub client raises a dozen unrelated types
