@@ -54,7 +54,7 @@ class Evaluation(Callback):
         choice = experiment.choose()
         if trainer.is_global_zero:
             files = [experiment.run.iteration(n) for n in range(last + 1)]
-            iterations = [read_json(of_n.metrics) for of_n in files]
+            iterations = [read_json(of_n.metrics, "iteration") for of_n in files]
             print(f"\n{summary(iterations, choice)}")
             empty = [str(n) for n, metrics in enumerate(iterations) if n and not metrics["dataset"]["size"]]
             if empty:
@@ -72,7 +72,7 @@ class Evaluation(Callback):
             return
         if missing:
             print(summary_line(metrics), flush=True)
-        points = curves([read_json(run.iteration(m).metrics) for m in range(n + 1)])
+        points = curves([read_json(run.iteration(m).metrics, "iteration") for m in range(n + 1)])
         answers = run.iteration(n).test_answers(2) if "test" in metrics else run.iteration(n).validation
         trajectories = list(islice(Records(answers), TABLE_ROWS))
         for logger in trainer.loggers:

@@ -7,6 +7,7 @@ flushed to disk, and renamed, so a kill at any moment leaves a stage either done
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -35,6 +36,12 @@ class FirstUse:
         """Whether a run has come that far."""
         return any(True for file in self.files for _ in folder.glob(file))
 
+
+WRITTEN_ANEW = (
+    "put it back, or remove its iteration's folder, those of later ones and checkpoints, and the same command "
+    "goes on from there"
+)
+"""What to do about a file of an iteration that was damaged."""
 
 NEVER = FirstUse()
 START = FirstUse("iteration-*/*")
@@ -92,6 +99,8 @@ class Iteration:
     def __init__(self, run_dir: Path, n: int) -> None:
         self.n = n
         self.folder = run_dir / f"iteration-{n:02d}"
+        self.lines = self.folder / "lines.json"
+        """How many lines were written to each of the files of answers and of D_n."""
         self.dataset = self.folder / "dataset.jsonl"
         """D_n: what is learnt of the trajectories."""
         self.training = self.folder / "training.json"
@@ -140,8 +149,15 @@ class Run:
             UserError: The file is missing or damaged.
         """
         try:
-            return SystemRecord(**json.loads(self.system.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
+            record = SystemRecord(**json.loads(self.system.read_text(encoding="utf-8")))
+            kinds = (str, int, (int, float), bool, int, dict)
+            for (name, value), kind in zip(vars(record).items(), kinds, strict=True):
+                if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+                    raise ValueError(f"{name} is {value!r}")
+            if record.iterations < 0 or not math.isfinite(record.threshold):
+                raise ValueError(f"iterations is {record.iterations}, and threshold {record.threshold}")
+            return record
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise UserError(
                 f"{self.system} cannot be read ({' '.join(str(error).split())}): it is written when a run "
                 "starts, so start the run again with the same command."
@@ -164,13 +180,15 @@ class Run:
         Raises:
             UserError: The folder belongs to a run whose results follow from another configuration.
         """
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"run_dir is {self.folder}, which is a file: name a folder.")
         if self.config.is_file():
             if not self.system.is_file() and START.reached(self.folder):
                 raise UserError(
                     f"{self.folder} holds a run of an earlier version of stasc: choose another --run_dir, or "
                     "remove that folder."
                 )
-            before, now = flatten(yaml.safe_load(self.config.read_text(encoding="utf-8"))), flatten(config)
+            before, now = flatten(self._config()), flatten(config)
             for option in sorted(before.keys() | now.keys()):
                 old, new = before.get(option), now.get(option)
                 if old != new and first_use(option, old, new).reached(self.folder):
@@ -181,8 +199,40 @@ class Run:
                     )
         elif self.folder.is_dir() and any(self.folder.glob("iteration-*")):
             raise UserError(f"{self.folder} holds a run without its config.yaml: choose another --run_dir.")
-        write_lines(self.config, yaml.safe_dump(config, sort_keys=False, allow_unicode=True).splitlines())
-        write_json(self.system, vars(system))
+        try:
+            write_lines(self.config, yaml.safe_dump(config, sort_keys=False, allow_unicode=True).splitlines())
+            write_json(self.system, vars(system))
+        except OSError as error:
+            raise UserError(
+                f"run_dir {self.folder} cannot be written to ({error.strerror}): see to that, or "
+                "choose another."
+            ) from error
+
+    def _config(self) -> dict[str, Any]:
+        """The configuration of the run that is here."""
+        try:
+            config = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+            if not isinstance(config, dict):
+                raise ValueError("it is no mapping")
+        except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+            raise UserError(
+                f"{self.config} cannot be read ({' '.join(str(error).split())}): put back what was there, or "
+                "choose another --run_dir."
+            ) from error
+        return config
+
+    @staticmethod
+    def lines(path: Path) -> int | None:
+        """How many lines were written to a file of an iteration; None if that was not noted."""
+        noted = path.parent / "lines.json"
+        return read_json(noted).get(path.name) if noted.is_file() else None
+
+    @staticmethod
+    def note_lines(path: Path, count: int) -> None:
+        """Note how many lines were written to a file of an iteration: one that was cut does not say so."""
+        noted = path.parent / "lines.json"
+        before = read_json(noted) if noted.is_file() else {}
+        write_json(noted, dict(sorted({**before, path.name: count}.items())))
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -196,16 +246,19 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Write a text file as a whole or not at all."""
+def write_lines(path: Path, lines: Iterable[str]) -> int:
+    """Write a text file as a whole or not at all; how many lines it has."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".tmp")
+    count = 0
     with unfinished.open("w", encoding="utf-8", newline="\n") as file:
-        file.writelines(f"{line}\n" for line in lines)
+        for count, line in enumerate(lines, start=1):  # noqa: B007
+            file.write(f"{line}\n")
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(path)
     _sync(path.parent)
+    return count
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -213,9 +266,20 @@ def write_json(path: Path, value: Any) -> None:
     write_lines(path, [json.dumps(value, indent=2)])
 
 
-def read_json(path: Path) -> Any:
-    """What ``write_json`` wrote."""
-    return json.loads(path.read_text(encoding="utf-8"))
+def read_json(path: Path, *names: str) -> dict[str, Any]:
+    """The mapping that ``write_json`` wrote.
+
+    Raises:
+        UserError: It cannot be read, or has nothing by one of ``names``.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} cannot be read ({reason}): {WRITTEN_ANEW}.") from error
+    if not isinstance(content, dict) or not content.keys() >= set(names):
+        raise UserError(f"{path} does not hold what was written to it: {WRITTEN_ANEW}.")
+    return content
 
 
 @contextmanager
