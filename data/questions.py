@@ -5,14 +5,18 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import os
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from huggingface_hub import HfApi
+
 from data import demo
 from stasc.errors import UserError, check_text
+from stasc.model_folder import hub_is_away
 from stasc.trajectory import Question
 
 
@@ -101,12 +105,15 @@ class QuestionFile(QuestionSource):
             yield from self._hub_rows()
 
     def _hub_rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        away = None if Path(self.path).is_dir() else hub_is_away(HfApi().dataset_info, self.path)
+        if away is not None:
+            os.environ["HF_DATASETS_OFFLINE"] = "1"  # what is in its cache, and no retries; read on import
         from datasets import load_dataset  # slow: it imports pandas and more
 
         try:
             rows = load_dataset(self.path, self.name, split=self.split)
         except Exception as error:  # the hub client raises many unrelated types
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            reason = away or str(error).strip().partition("\n")[0] or type(error).__name__
             raise UserError(
                 f"'{self.path}' is not a file, and its split '{self.split}' could not be loaded from the "
                 f"Hugging Face hub ({reason})."

@@ -24,7 +24,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from callbacks import Curves, Evaluation, IterationProgressBar, OuterLoop
 from data import TrajectoryDataModule, demo, smollm2
@@ -82,7 +82,7 @@ class ConfigFile(ActionConfigFile):
         try:
             ActionConfigFile.apply_config(parser, cfg, dest, path)
         except (TypeError, ValueError, ArgumentError) as error:
-            sentence = plain_words(str(error), ["--config", path])
+            sentence = plain_words(error, ["--config", path])
             raise UserError(sentence if path in sentence else f"the config {path}: {sentence}") from error
 
 
@@ -145,7 +145,7 @@ class STaSCCLI(LightningCLI):
                 raise error.__cause__ from None
             if "class_path" not in str(error) or blame(error):
                 raise
-            raise UserError(plain_words(str(error), sys.argv)) from error
+            raise UserError(plain_words(error, sys.argv)) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Give the trainer the algorithm's epochs, and the run folder's places for curves and checkpoints."""
@@ -177,6 +177,7 @@ class STaSCCLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Put the experiment together, which finds mistakes before an engine starts."""
         experiment = self.datamodule.experiment = self._experiment()
+        check_weights(experiment.base)
         if self.subcommand != "fit":
             output = self.datamodule.output_path(self.subcommand)
             if output.exists() and rank_zero_only.rank == 0:
@@ -191,7 +192,6 @@ class STaSCCLI(LightningCLI):
         questions = data.load_questions(self.subcommand)
         base = ModelFolder.locate(self.model.base)
         tokenizer, generation_config = base.tokenizer(), base.generation_config()
-        check_weights(base)
         dialogue = partial(
             Dialogue, tokenizer, generation_config=generation_config, template=self.model.template
         )
@@ -279,6 +279,7 @@ def run() -> None:
     warnings.filterwarnings("ignore", message=".*has both parameters with requires_grad.*")  # LoRA under FSDP
     warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # test metrics are those of all processes
     warnings.filterwarnings("ignore", message=".*Detected call of `lr_scheduler.step.*")  # an empty D_n
+    set_verbosity_error()  # transformers warns of what is refused here, or of no matter
     disable_progress_bar()  # of transformers, for every load and save of a model
     try:
         check_named_files(sys.argv[1:])
@@ -302,7 +303,7 @@ def run() -> None:
     except (UserError, ArgumentError, MisconfigurationException) as mistake:
         sentence = " ".join(str(mistake).split())
         if isinstance(mistake, ArgumentError):
-            sentence = blame(mistake) or plain_words(str(mistake), sys.argv)
+            sentence = plain_words(mistake, sys.argv)
         _end(sentence)
     except Exception as error:
         sentence = blame(error) or _refused_by_the_disk(error)

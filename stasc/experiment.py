@@ -394,8 +394,8 @@ class Experiment:
         check_prompts(self.training_dialogue.prompts, learns, "data.training_prompts")
         if (last := max(self.dialogue.stop_ids)) >= (vocabulary := self.base.vocabulary):
             raise UserError(
-                f"token {last} ends a turn, and the model in {self.base.path} has {vocabulary} tokens: correct "
-                "the eos_token_id of its generation_config.json, or its tokenizer."
+                f"token {last} ends a turn, and the model in {self.base.path} has {vocabulary} tokens: "
+                "correct the eos_token_id of its generation_config.json, or its tokenizer."
             )
         self._loaded: Path | None = None
         self.context = max(map(self._longest, self.questions))
@@ -409,8 +409,8 @@ class Experiment:
                 m = getattr(self.algorithm, name)(n)
                 if type(m) is not int or not 0 <= m <= most:
                     raise UserError(
-                        f"{type(self.algorithm).__name__}.{name}({n}) gave {m!r}: it must give the number of a "
-                        f"model that there is by then, from 0 to {most}."
+                        f"{type(self.algorithm).__name__}.{name}({n}) gave {m!r}: it must give the number "
+                        f"of a model that there is by then, from 0 to {most}."
                     )
 
     def _longest(self, name: str) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 from transformers import (
     CONFIG_MAPPING,
@@ -61,15 +61,16 @@ class ModelFolder:
         if model.startswith((".", "/", "~")):
             raise UserError(f"model.base {model} does not exist: it must be a model folder or a hub id.")
         wanted = ["*.safetensors", *_FILES_BESIDE_WEIGHTS]
+        away = hub_is_away(HfApi().model_info, model)
         try:
-            here_only = not hub_answers(HfApi().model_info, model)
-            return cls(Path(snapshot_download(model, allow_patterns=wanted, local_files_only=here_only)))
+            folder = snapshot_download(model, allow_patterns=wanted, local_files_only=away is not None)
         except Exception as error:  # the hub client raises a dozen unrelated types
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            reason = away or str(error).strip().partition("\n")[0] or type(error).__name__
             raise UserError(
                 f"model.base '{model}' is not a folder here, and the Hugging Face hub did not give it "
                 f"({reason})."
             ) from error
+        return cls(Path(folder))
 
     @property
     def config(self) -> dict[str, Any]:
@@ -164,13 +165,21 @@ class ModelFolder:
         Raises:
             UserError: transformers cannot read it, or it has more tokens than the model.
         """
-        tokenizer = self._loaded(AutoTokenizer.from_pretrained, "tokenizer")
-        if not tokenizer.encode("Why?", add_special_tokens=False):
-            raise self._unreadable("tokenizer", "it has no tokens for a text")
+        self.model_config()  # the tokenizer's class follows from it
+        for path in sorted(self.path.glob("*token*.json")):
+            self._json(path.name)  # transformers does not say which one is broken
+
+        def load(path: Path, **options: bool) -> PreTrainedTokenizerBase:
+            tokenizer = AutoTokenizer.from_pretrained(path, **options)
+            if not tokenizer.encode("Why?", add_special_tokens=False):
+                raise ValueError("it has no tokens for a text")
+            return tokenizer
+
+        tokenizer = self._loaded(load, "its tokenizer")
         if tokenizer.vocab_size > self.vocabulary:
             raise UserError(
-                f"the tokenizer in {self.path} has {tokenizer.vocab_size} tokens, and config.json a vocab_size "
-                f"of {self.vocabulary}: they are not of one model."
+                f"the tokenizer in {self.path} has {tokenizer.vocab_size} tokens, and its config.json a "
+                f"vocab_size of {self.vocabulary}: they are not of one model."
             )
         return tokenizer
 
@@ -211,7 +220,7 @@ class ModelFolder:
         except Exception as error:  # transformers lets through whatever a wrong value leads to
             if "trust_remote_code" in str(error):
                 raise UserError(
-                    f"the {name} of {self.path} is read by Python code of its own (auto_map), which stasc "
+                    f"{name} in {self.path} is read by Python code of its own (auto_map), which stasc "
                     "does not run: choose a model whose architecture and tokenizer transformers has."
                 ) from error
             raise self._unreadable(name, error) from error
@@ -285,13 +294,12 @@ class ModelFolder:
     def _unreadable(self, name: str, reason: object) -> UserError:
         text = " ".join(str(reason).split()) or type(reason).__name__
         return UserError(
-            f"{self.path} is no model folder that can be used: its {name} cannot be read ({text[:200]}): "
-            "get it anew."
+            f"{self.path} is no model folder: {name} cannot be read ({text[:200]}): get it anew."
         )
 
 
-def hub_answers(info: Callable[..., object], name: str) -> bool:
-    """Whether the Hugging Face hub answers at all; its client would try six times, for half a minute.
+def hub_is_away(info: Callable[..., object], name: str) -> str | None:
+    """Why the Hugging Face hub does not answer, or None if it does; its client would try for half a minute.
 
     Args:
         info: A method of ``HfApi`` that asks for something once.
@@ -299,11 +307,11 @@ def hub_answers(info: Callable[..., object], name: str) -> bool:
     """
     try:
         info(name, timeout=10)
-    except HfHubHTTPError:  # an answer, if not the one hoped for
-        return True
-    except Exception:  # the client's own types of connection errors are not public
-        return False
-    return True
+    except (HfHubHTTPError, HFValidationError):  # an answer, if not the one hoped for
+        return None
+    except Exception as error:  # the client's own types of connection errors are not public
+        return str(error).strip().partition("\n")[0] or type(error).__name__
+    return None
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:

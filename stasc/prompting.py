@@ -68,9 +68,8 @@ def check_prompts(prompts: Prompts, needed: Iterable[str], option: str) -> None:
             if not message.content.strip():
                 raise UserError(f"{option}.{name}: message {number} is empty: write it, or remove it.")
         if messages and messages[-1].role != "user":
-            raise UserError(
-                f"{option}.{name} ends with the {messages[-1].role}: the last message is the user's."
-            )
+            last = messages[-1].role
+            raise UserError(f"{option}.{name} ends with a message of the {last}: let it end with the user's.")
         for placeholder in found:
             if not _KNOWN.fullmatch(placeholder):
                 raise UserError(

@@ -9,6 +9,7 @@ from typing import Any
 
 from stasc.config_file import read_config
 from stasc.house import OWN_PACKAGES, config_file
+from stasc.users_code import blame
 
 RENAMED = {
     "batch_size": "batches.size",
@@ -36,15 +37,16 @@ _LONGEST = 100
 """Characters of a value that are shown."""
 
 
-def plain_words(refusal: str, arguments: Sequence[str]) -> str:
-    """A sentence for a message of jsonargparse.
+def plain_words(error: Exception, arguments: Sequence[str]) -> str:
+    """A sentence for an error of jsonargparse.
 
     Args:
-        refusal: The message, of several lines.
+        error: Its message has several lines.
         arguments: Those of the command, which say whether and from which config the option is.
     """
+    refusal = str(error)
     options = {argument.partition("=")[0] for argument in arguments}
-    sentence = _renamed(refusal) or _not_ours(refusal) or _plain(refusal, arguments)
+    sentence = _renamed(refusal) or _not_ours(refusal) or blame(error) or _plain(refusal, arguments)
     return sentence if options & {"-c", "--config"} else f"{sentence} (no --config FILE was given)"
 
 
@@ -68,7 +70,7 @@ def _plain(refusal: str, arguments: Sequence[str]) -> str:
     if wanted := re.findall(
         r"Expected an? (<class '[^']+'>|typing\.Literal\[[^]]*\]|dot import path)", refusal
     ):
-        given = re.findall(r"(?:Given|Got) value: (.*)", refusal, re.DOTALL)
+        given = re.findall(r"(?:(?:Given|Got) value|import path string): (.*)", refusal, re.DOTALL)
         value = f" cannot be {_short(given[-1])}" if given else " has a wrong value"
         kinds = [*_kinds(wanted), *(["the path of a file"] if "Expected a path" in refusal else [])]
         return f"{where}{value}: it must be {' or '.join(kinds)}."

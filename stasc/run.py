@@ -38,8 +38,8 @@ class FirstUse:
 
 
 WRITTEN_ANEW = (
-    "put it back, or remove its iteration's folder, those of later ones and checkpoints, and the same command "
-    "goes on from there"
+    "put it back, or remove its iteration's folder, those of later ones and checkpoints, and the same "
+    "command goes on from there"
 )
 """What to do about a file of an iteration that was damaged."""
 
@@ -182,6 +182,9 @@ class Run:
         """
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"run_dir is {self.folder}, which is a file: name a folder.")
+        for place in (self.checkpoints, self.tensorboard, self.draws):
+            if place.exists() and not place.is_dir():
+                raise UserError(f"{place} is a file where a run has a folder: choose another --run_dir.")
         if self.config.is_file():
             if not self.system.is_file() and START.reached(self.folder):
                 raise UserError(
