@@ -29,9 +29,11 @@ def read_paper(path: Path) -> list[RunResult]:
             iteration.
     """
     try:
-        frame = pd.read_csv(path, dtype=str, index_col=False, skip_blank_lines=False, keep_default_na=False)
+        frame = pd.read_csv(path, dtype=str, skip_blank_lines=False, keep_default_na=False)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {' '.join(str(error).split()).rstrip('.')}.") from error
+    if not isinstance(frame.index, pd.RangeIndex):
+        raise UserError(f"{path} has rows with more fields than its first line names: name them all.")
     frame = frame.replace("", None)
     frame = frame[frame.notna().any(axis=1)]  # without blank lines, and the others keep their numbers
     names = [*_CURVE, "iteration", *_VALUES]
