@@ -61,7 +61,7 @@ class Evaluation(Callback):
         if trainer.is_global_zero:
             _write_card(experiment, choice)  # it may have been evaluated on the test questions just now
             files = [experiment.run.iteration(n) for n in range(last + 1)]
-            iterations = [read_json(of_n.metrics) for of_n in files]
+            iterations = [read_json(of_n.metrics, "iteration") for of_n in files]
             data.pace.end()
             say(f"\n{summary(iterations, choice)}")
             empty = [str(n) for n, metrics in enumerate(iterations) if n and not metrics["dataset"]["size"]]
@@ -92,7 +92,7 @@ class Evaluation(Callback):
         if missing:
             say(summary_lines(metrics))
         _write_card(data.experiment, n)
-        points = curves([read_json(run.iteration(m).metrics) for m in range(n + 1)])
+        points = curves([read_json(run.iteration(m).metrics, "iteration") for m in range(n + 1)])
         answers = run.iteration(n).test_answers(2) if "test" in metrics else run.iteration(n).validation
         trajectories = list(islice(Records(answers), TABLE_ROWS))
         for logger in trainer.loggers:

@@ -12,7 +12,7 @@ from typing import ClassVar
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from data.questions import QuestionSource, hold_out
+from data.questions import QuestionSource, hold_out, load
 from stasc.answers import FinalAnswer, WholeCompletion
 from stasc.errors import UserError
 from stasc.experiment import Evaluation, Experiment
@@ -123,9 +123,11 @@ class TrajectoryDataModule(LightningDataModule):
         for name in needed.get(subcommand, (subcommand,)):
             source = self.sources[name]
             if isinstance(source, float):
-                questions["train"], questions[name] = hold_out(self.sources["train"].load(), source)
+                questions["train"], questions[name] = hold_out(
+                    load(self.sources["train"], "data.train"), source
+                )
             elif source is not None:
-                questions[name] = source.load(with_references=name != "predict")
+                questions[name] = load(source, f"data.{name}", with_references=name != "predict")
             elif name != "validation" or subcommand != "fit":
                 raise UserError(
                     f"data.{name} is not set: give a source of questions, such as data.QuestionFile."

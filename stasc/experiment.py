@@ -139,9 +139,10 @@ class Experiment:
             metrics = {"iteration": n, **self._validation(n)}
             if n % self.evaluation.test_every == 0 or n == self.algorithm.iterations:
                 metrics |= self._test(n)
-            metrics |= read_json(self.run.iteration(n).training) if n else {}
+            if n:
+                metrics |= read_json(self.run.iteration(n).training, "train", "dataset", "training")
             self._write(path, metrics | self._measured(n, metrics))
-        return read_json(path)
+        return read_json(path, "iteration")
 
     def choose(self) -> int | None:
         """The iteration whose corrections are best on the validation questions, once all are evaluated.
@@ -151,7 +152,12 @@ class Experiment:
         """
         if "validation" not in self.questions:
             return None
-        n = chosen([read_json(self.run.iteration(n).metrics) for n in range(self.algorithm.iterations + 1)])
+        n = chosen(
+            [
+                read_json(self.run.iteration(n).metrics, "validation")
+                for n in range(self.algorithm.iterations + 1)
+            ]
+        )
         metrics = read_json(path := self.run.iteration(n).metrics)
         if "test" not in metrics:
             metrics |= self._test(n)
@@ -376,14 +382,26 @@ class Experiment:
         if self.missing(path):
             records = make()
             if processes.rank() == 0:
-                write_lines(path, map(to_json, records))
+                self.run.note_lines(path, write_lines(path, map(to_json, records)))
                 shutil.rmtree(self.run.draws / "under-way", ignore_errors=True)
             processes.wait_for(path)
         return self._records(path, source)
 
     def _records(self, path: Path, source: str) -> Records[Record]:
-        """The records in a file, with the questions that were asked."""
-        return Records(path, {q.id: q for q in self.questions[source]}, f"data.{source}")
+        """The records in a file, all that were written, with the questions that were asked."""
+        questions = {question.id: question for question in self.questions[source]}
+        records = Records(path, questions, f"data.{source}")
+        written, found = self.run.lines(path), len(records)
+        if written is None and path.name != "dataset.jsonl":  # an older run; and D_n may rightly be empty
+            written = max(found, len(questions))
+        if written not in (None, found):
+            raise UserError(
+                f"{path} has {found} lines, and {written} were written: remove it, and the same command "
+                "makes it anew."
+            )
+        if self.run.lines(path) is None and processes.rank() == 0:  # killed before it could note them
+            self.run.note_lines(path, found)
+        return records
 
     def _write(self, path: Path, metrics: dict[str, Any]) -> None:
         if processes.rank() == 0:
@@ -401,13 +419,31 @@ class Experiment:
                 "data.sampling.temperature is 0, so all draws of a prompt are the same: "
                 "raise it, or set algorithm.n_init and algorithm.n_corr to 1."
             )
+        self._check_models()
         learns = self.algorithm.learns if self.algorithm.iterations else set()
         asks = {turn.prompt for turn in (*self.algorithm.turns, *self.algorithm.test_turns(1))}
         check_prompts(self.dialogue.prompts, asks | learns, "data.prompts")
         check_prompts(self.training_dialogue.prompts, learns, "data.training_prompts")
+        if (last := max(self.dialogue.stop_ids)) >= (vocabulary := self.base.vocabulary):
+            raise UserError(
+                f"token {last} ends a turn, and the model in {self.base.path} has {vocabulary} tokens: "
+                "correct the eos_token_id of its generation_config.json, or its tokenizer."
+            )
         self._loaded = 0
         self.context = max(map(self._longest, self.questions))
         """Tokens that the longest prompt and its answer can take together."""
+
+    def _check_models(self) -> None:
+        """Find out whether the algorithm names models that there are by then."""
+        for n in range(self.algorithm.iterations + 1):
+            last = {"test_initial_model": n} | ({"initial_model": n - 1, "base_model": n - 1} if n else {})
+            for name, most in last.items():
+                m = getattr(self.algorithm, name)(n)
+                if type(m) is not int or not 0 <= m <= most:
+                    raise UserError(
+                        f"{type(self.algorithm).__name__}.{name}({n}) gave {m!r}: it must give the number "
+                        f"of a model that there is by then, from 0 to {most}."
+                    )
 
     def _longest(self, name: str) -> int:
         """Tokens that the longest prompt of a question set and its answer can take.

@@ -170,7 +170,15 @@ class Rollout:
         return scored
 
     def _reward(self, text: str, question: Question) -> float:
-        reward = self.reward.judge(self.answer.find(text), question)
+        try:
+            answer = self.answer.find(text)
+            if not isinstance(answer, str):
+                name = type(self.answer).__name__
+                raise UserError(f"{name}.find gave {answer!r} for a completion: it must give a text.")
+            reward = self.reward.judge(answer, question)
+        except Exception as error:
+            error.add_note(f"on an answer to question '{question.id}'")
+            raise
         if not isinstance(reward, int | float) or not 0 <= reward <= 1:  # nan is refused, too
             raise UserError(
                 f"the reward {type(self.reward).__name__} gave {reward!r} for an answer to question "

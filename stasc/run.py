@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import shutil
 import socket
@@ -37,6 +38,12 @@ class FirstUse:
         """Whether a run has come that far."""
         return any(True for file in self.files for _ in folder.glob(file))
 
+
+WRITTEN_ANEW = (
+    "put it back, or remove its iteration's folder, those of later ones and checkpoints, and the same "
+    "command goes on from there"
+)
+"""What to do about a file of an iteration that was damaged."""
 
 NEVER = FirstUse()
 START = FirstUse("iteration-*/*")
@@ -94,6 +101,8 @@ class Iteration:
     def __init__(self, run_dir: Path, n: int) -> None:
         self.n = n
         self.folder = run_dir / f"iteration-{n:02d}"
+        self.lines = self.folder / "lines.json"
+        """How many lines were written to each of the files of answers and of D_n."""
         self.dataset = self.folder / "dataset.jsonl"
         """D_n: what is learnt of the trajectories."""
         self.training = self.folder / "training.json"
@@ -138,10 +147,6 @@ class Run:
         """The files of iteration ``n``."""
         return Iteration(self.folder, n)
 
-    def read_config(self) -> dict[str, Any]:
-        """The content of ``config.yaml``."""
-        return yaml.safe_load(self.config.read_text(encoding="utf-8"))
-
     def read_system(self) -> SystemRecord:
         """The content of ``system.json``.
 
@@ -149,8 +154,15 @@ class Run:
             UserError: The file is missing or damaged.
         """
         try:
-            return SystemRecord(**json.loads(self.system.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
+            record = SystemRecord(**json.loads(self.system.read_text(encoding="utf-8")))
+            kinds = (str, int, (int, float), bool, int, dict)
+            for (name, value), kind in zip(vars(record).items(), kinds, strict=True):
+                if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+                    raise ValueError(f"{name} is {value!r}")
+            if record.iterations < 0 or not math.isfinite(record.threshold):
+                raise ValueError(f"iterations is {record.iterations}, and threshold {record.threshold}")
+            return record
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise UserError(
                 f"{self.system} cannot be read ({' '.join(str(error).split())}): it is written when a run "
                 "starts, so start the run again with the same command."
@@ -205,6 +217,11 @@ class Run:
         Raises:
             UserError: The folder belongs to a run whose results follow from another configuration.
         """
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"run_dir is {self.folder}, which is a file: name a folder.")
+        for place in (self.checkpoints, self.tensorboard, self.draws):
+            if place.exists() and not place.is_dir():
+                raise UserError(f"{place} is a file where a run has a folder: choose another --run_dir.")
         if self.config.is_file():
             if not self.system.is_file() and START.reached(self.folder):
                 raise UserError(
@@ -222,9 +239,46 @@ class Run:
                     )
         elif self.folder.is_dir() and any(self.folder.glob("iteration-*")):
             raise UserError(f"{self.folder} holds a run without its config.yaml: choose another --run_dir.")
-        write_lines(self.config, yaml.safe_dump(config, sort_keys=False, allow_unicode=True).splitlines())
-        write_json(self.system, vars(system))
-        write_json(self.starts, [*(read_json(self.starts) if self.starts.is_file() else []), start])
+        try:
+            write_lines(self.config, yaml.safe_dump(config, sort_keys=False, allow_unicode=True).splitlines())
+            write_json(self.system, vars(system))
+            before = read_json(self.starts, "starts")["starts"] if self.starts.is_file() else []
+            write_json(self.starts, {"starts": [*before, start]})
+        except OSError as error:
+            raise UserError(
+                f"run_dir {self.folder} cannot be written to ({error.strerror}): see to that, or "
+                "choose another."
+            ) from error
+
+    def read_config(self) -> dict[str, Any]:
+        """The configuration of the run that is here.
+
+        Raises:
+            UserError: It cannot be read.
+        """
+        try:
+            config = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+            if not isinstance(config, dict):
+                raise ValueError("it is no mapping")
+        except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+            raise UserError(
+                f"{self.config} cannot be read ({' '.join(str(error).split())}): put back what was there, or "
+                "choose another --run_dir."
+            ) from error
+        return config
+
+    @staticmethod
+    def lines(path: Path) -> int | None:
+        """How many lines were written to a file of an iteration; None if that was not noted."""
+        noted = path.parent / "lines.json"
+        return read_json(noted).get(path.name) if noted.is_file() else None
+
+    @staticmethod
+    def note_lines(path: Path, count: int) -> None:
+        """Note how many lines were written to a file of an iteration: one that was cut does not say so."""
+        noted = path.parent / "lines.json"
+        before = read_json(noted) if noted.is_file() else {}
+        write_json(noted, dict(sorted({**before, path.name: count}.items())))
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -238,10 +292,13 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Write a text file as a whole or not at all."""
+def write_lines(path: Path, lines: Iterable[str]) -> int:
+    """Write a text file as a whole or not at all; how many lines it has."""
+    count = 0
     with write_file(path, "w", encoding="utf-8", newline="\n") as file:
-        file.writelines(f"{line}\n" for line in lines)
+        for count, line in enumerate(lines, start=1):  # noqa: B007
+            file.write(f"{line}\n")
+    return count
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -249,9 +306,20 @@ def write_json(path: Path, value: Any) -> None:
     write_lines(path, [json.dumps(value, indent=2)])
 
 
-def read_json(path: Path) -> Any:
-    """What ``write_json`` wrote."""
-    return json.loads(path.read_text(encoding="utf-8"))
+def read_json(path: Path, *names: str) -> dict[str, Any]:
+    """The mapping that ``write_json`` wrote.
+
+    Raises:
+        UserError: It cannot be read, or has nothing by one of ``names``.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} cannot be read ({reason}): {WRITTEN_ANEW}.") from error
+    if not isinstance(content, dict) or not content.keys() >= set(names):
+        raise UserError(f"{path} does not hold what was written to it: {WRITTEN_ANEW}.")
+    return content
 
 
 @contextmanager

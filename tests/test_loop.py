@@ -30,7 +30,7 @@ TRANSITIONS = {
     "right_to_right": (1, 1),
     "wrong_to_wrong": (0, 0),
 }
-EVALUATION = {"test.jsonl", "metrics.json"}
+EVALUATION = {"test.jsonl", "metrics.json", "lines.json"}
 STEPS = {"initial.jsonl", "trajectories.jsonl", "dataset.jsonl", "training.json", "probe.json", "model"}
 
 Chat = list[dict[str, str]]

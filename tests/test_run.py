@@ -94,7 +94,7 @@ def test_a_run_goes_on_with_whatever_has_no_part_in_its_results(tmp_path):
     claim(run, config())
     claim(run, config(trainer={"devices": 2}, run_dir="moved"))
     assert run.read_system() == SYSTEM
-    assert read_json(run.starts) == [{"date": "today"}] * 3
+    assert read_json(run.starts) == {"starts": [{"date": "today"}] * 3}
 
 
 def test_more_iterations_continue_a_run_and_fewer_than_it_has_do_not(tmp_path):
@@ -147,6 +147,31 @@ def test_another_configuration_is_refused_as_a_user_types_it_and_the_old_one_sta
     with pytest.raises(UserError, match=f"holds a run with another {named}.*: choose another"):
         claim(run, other)
     assert run.config.read_bytes() == before
+
+
+def test_a_file_that_lost_lines_can_be_told_from_one_that_has_none(tmp_path):
+    first, second = Run(tmp_path).iteration(1).answers(1), Run(tmp_path).iteration(1).dataset
+    assert Run.lines(first) is None
+    Run.note_lines(first, write_lines(first, ["{}", "{}"]))
+    Run.note_lines(second, write_lines(second, []))
+    assert (Run.lines(first), Run.lines(second)) == (2, 0)
+
+
+@pytest.mark.parametrize("content", [b"", b"[1", b"\xff", b"[]", b"null", b"{}"])
+def test_a_damaged_file_is_named(tmp_path, content):
+    path = tmp_path / "metrics.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"metrics\.json (cannot be read|does not hold what was written)"):
+        read_json(path, "iteration")
+
+
+@pytest.mark.parametrize(
+    "change", [{"iterations": "2"}, {"threshold": None}, {"seed": True}, {"options": []}]
+)
+def test_a_record_of_wrong_types_is_refused(tmp_path, change):
+    write_json(Run(tmp_path).system, {**vars(SYSTEM), **change})
+    with pytest.raises(UserError, match=rf"system\.json cannot be read \({next(iter(change))} is "):
+        Run(tmp_path).read_system()
 
 
 def test_iterations_without_a_configuration_belong_to_nobody(tmp_path):

@@ -13,7 +13,7 @@ from statistics import fmean
 
 from stasc.errors import UserError
 from stasc.model_folder import ModelFolder
-from stasc.run import read_json, write_lines
+from stasc.run import WRITTEN_ANEW, read_json, write_lines
 from stasc.sampling.base import Sampler
 
 SEQUENCES = 4
@@ -41,8 +41,21 @@ class Probe:
 
     @classmethod
     def read(cls, path: Path) -> Probe:
-        """The probe that ``write`` wrote."""
-        return cls(**read_json(path))
+        """The probe that ``write`` wrote.
+
+        Raises:
+            UserError: It is missing or damaged.
+        """
+        content = read_json(path, "sequences", "log_probabilities")
+        try:
+            probe = cls(content["sequences"], content["log_probabilities"])
+            for ids, values in zip(probe.sequences, probe.log_probabilities, strict=True):
+                if len(ids) != len(values) + 1 or not all(type(token) is int for token in ids):
+                    raise ValueError("a sequence and its log-probabilities do not fit")
+                sum(values)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{path} is damaged ({error}): {WRITTEN_ANEW}.") from error
+        return probe
 
     def check(self, sampler: Sampler, model: Path, before: Probe | None = None) -> None:
         """Compare a sampler that was to load ``model`` with the trainer.

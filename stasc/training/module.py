@@ -104,8 +104,10 @@ class CorrectionSFT(LightningModule):
         template: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if learning_rate <= 0:
-            raise UserError(f"model.learning_rate is {learning_rate}: it must be above 0.")
+        if not 0 < learning_rate < math.inf:
+            raise UserError(f"model.learning_rate is {learning_rate}: it must be above 0, and finite.")
+        if not 0 <= weight_decay < math.inf:
+            raise UserError(f"model.weight_decay is {weight_decay}: it must be 0 or more, and finite.")
         if not 0 <= warmup_ratio <= 1:
             raise UserError(f"model.warmup_ratio is {warmup_ratio}: it must lie in [0, 1].")
         self.base = base
