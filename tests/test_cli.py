@@ -247,7 +247,7 @@ def test_a_model_folder_is_evaluated_and_answers_questions(stasc, tmp_path):
     columns = {"question": "text", "references": "answer", "path": str(path)}
     common = ["--config", ROOT / "configs/quickstart.yaml", "--run_dir", tmp_path / "run"]
     common += ["--model.base", model, "--sampler", "TransformersSampler"]
-    for split in ("train", "test", "predict"):
+    for split in ("train", "validation", "test", "predict"):
         common += [f"--data.{split}", json.dumps({"class_path": "data.QuestionFile", "init_args": columns})]
     for command in ("validate", "test"):
         process = stasc(command, *common)

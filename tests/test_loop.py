@@ -191,6 +191,30 @@ def assert_curves_are_the_metrics(done: Quickstart) -> None:
             assert [value for _, value in found[f"{group}/{name}"]] == pytest.approx(values), (group, name)
 
 
+# ---------------------------------------------------------------- validation
+
+
+def test_validation_questions_choose_and_the_test_set_is_seen_seldom(stasc, tmp_path):
+    run = tmp_path / "run"
+    options = ("--data.validation", 0.25, "--data.evaluation.test_every", 2)
+    process = stasc(*demo_fit(run, train=40, test=20, iterations=3), *options)
+    assert process.returncode == 0, process.stderr
+    done = Quickstart(process, run)
+    metrics = [done.metrics(n) for n in range(4)]
+    rewards = [of_n["validation"]["r2"] for of_n in metrics]
+    best = rewards.index(max(rewards))
+    assert [n for n in range(4) if "test" in metrics[n]] == sorted({0, 2, 3, best})
+    assert {of_n["validation"]["count"] for of_n in metrics} == {10}
+    held_out = {trajectory.question.id for trajectory in done.records(3, "validation")}
+    learnt = {trajectory.question.id for trajectory in done.records(3, "initial")}
+    assert (len(held_out), len(learnt), held_out & learnt) == (10, 30, set())
+    reward = f"{metrics[best]['test']['r2']:.3f}"
+    assert re.search(rf"best on validation +M_{best}, test r\(Y2\) {reward}\n", process.stdout)
+    assert f"M_{best}: corrections are" in process.stdout
+    assert [n for n, _ in curves(run)["validation/r2"]] == [0, 1, 2, 3]
+    assert [n for n, _ in curves(run)["test/r2"]] == [0, 2, 3]
+
+
 # ---------------------------------------------------------------- the models it leaves
 
 
