@@ -29,6 +29,6 @@ finds it missing at the next start, when there is no epoch left to train.
 from callbacks.curves import Curves
 from callbacks.evaluation import Evaluation
 from callbacks.outer_loop import OuterLoop
-from callbacks.progress import IterationProgressBar
+from callbacks.progress import TrainingProgress
 
-__all__ = ["Curves", "Evaluation", "IterationProgressBar", "OuterLoop"]
+__all__ = ["Curves", "Evaluation", "OuterLoop", "TrainingProgress"]

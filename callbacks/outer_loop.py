@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from data import TrajectoryDataModule
+from stasc.progress import say
 from stasc.run import write_json
 from stasc.sampling.probe import Probe
 from stasc.training.module import CorrectionSFT
@@ -78,11 +79,10 @@ class OuterLoop(Callback):
             return
         if not data.steps:
             base = experiment.base_model(n)
-            trainer.print(
+            say(
                 f"iteration {n}: D_{n} is empty, so M_{n} is M_{base}: {experiment.why_empty(n)}. Draw more "
                 "(algorithm.n_init, algorithm.n_corr), raise data.sampling.temperature, take a "
-                "Non-decreasing variant or a lower algorithm.threshold, or an easier task.",
-                flush=True,
+                "Non-decreasing variant or a lower algorithm.threshold, or an easier task."
             )
         if experiment.missing(experiment.run.iteration(n).model):
             self._write_model(trainer, pl_module)

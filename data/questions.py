@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -35,6 +36,9 @@ class QuestionSource(ABC):
           class_path: my_package.Sums
           init_args: {size: 500}
     """
+
+    revision: str | None = None
+    """The hub's commit that was loaded; None for what is not from the hub, and before it is loaded."""
 
     @abstractmethod
     def load(self, *, with_references: bool = True) -> list[Question]:
@@ -109,6 +113,9 @@ class QuestionFile(QuestionSource):
                 f"'{self.path}' is not a file, and its split '{self.split}' could not be loaded from the "
                 f"Hugging Face hub ({reason})."
             ) from error
+        # Files of the hub have names such as hf://datasets/user/name@0123abcd/train.parquet.
+        commits = (re.search(r"@([0-9a-f]{40})/", file) for file in rows.download_checksums or ())
+        self.revision = next((found[1] for found in commits if found), None)
         for number, row in enumerate(rows, start=1):
             yield f"{self.path} [{self.split}], row {number}", row
 

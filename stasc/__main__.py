@@ -8,6 +8,7 @@ from pathlib import Path
 
 from stasc import __version__
 from stasc.house import HOUSE
+from stasc.progress import Progress, speaks
 
 SCRIPTS = ("variants", "grid", "baselines", "search")
 """Commands that are scripts."""
@@ -27,8 +28,9 @@ commands:
   search    options chosen by the rewards on validation questions
 
   python -m stasc --version              the version
-  python -m stasc COMMAND --help          all options of a command
+  python -m stasc COMMAND --help          the method's options (--help all: Lightning's too)
   python -m stasc COMMAND --print_config  the resulting configuration
+                                          (--print_config=skip_default: what is no default)
 
 --config takes a file, or a config that comes with the program by its name. Start with:
   python -m stasc fit --config quickstart"""
@@ -60,14 +62,15 @@ def main() -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # nohup ignores it
         signal.signal(signal.SIGINT, _interrupt)
     try:
-        from stasc.cli import run
+        with Progress("loading the libraries"):
+            from stasc.cli import run
 
         run()
     except (KeyboardInterrupt, SystemExit) as error:  # Lightning turns Ctrl-C into SystemExit(1)
         if KeyboardInterrupt not in (type(error), type(error.__context__)):
             raise
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Lightning has restored our handler
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if speaks():
             message = "stasc: interrupted; run the same command again to resume."
             print(message, file=sys.stderr, flush=True)
         sys.exit(130)

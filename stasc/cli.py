@@ -21,14 +21,16 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from transformers.utils.logging import disable_progress_bar
 
-from callbacks import Curves, Evaluation, IterationProgressBar, OuterLoop
+from callbacks import Curves, Evaluation, OuterLoop, TrainingProgress
 from data import TrajectoryDataModule, demo, smollm2
 from stasc.algorithm import Algorithm, STaSC
 from stasc.errors import UserError
 from stasc.experiment import Experiment
 from stasc.house import OWN_PACKAGES, config_file
 from stasc.model_folder import ModelFolder
+from stasc.progress import Progress, say
 from stasc.prompting import Dialogue
+from stasc.provenance import fingerprint, this_start
 from stasc.run import NEVER, START, TRAINING, FirstUse, Run, SystemRecord, first_use, flatten
 from stasc.sampling import Sampler, VLLMSampler
 from stasc.training.module import CorrectionSFT
@@ -94,6 +96,13 @@ class STaSCCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The options beside those of the trainer, the model and the data."""
+        self.add_run_arguments(parser)
+        parser.add_subclass_arguments(Algorithm, "algorithm", default=_class_path(STaSC))
+        parser.add_subclass_arguments(Sampler, "sampler", default=_class_path(VLLMSampler))
+
+    @staticmethod
+    def add_run_arguments(parser: ArgumentParser) -> None:
+        """The options that belong to no part of the program."""
         parser.add_argument("--run_dir", type=str, default="runs/stasc", help="Folder of the run.")
         parser.add_argument(
             "--reuse",
@@ -101,8 +110,6 @@ class STaSCCLI(LightningCLI):
             default=None,
             help="Another run, or a folder of runs: take M_0's draws from it where it was asked the same.",
         )
-        parser.add_subclass_arguments(Algorithm, "algorithm", default=_class_path(STaSC))
-        parser.add_subclass_arguments(Sampler, "sampler", default=_class_path(VLLMSampler))
 
     def before_instantiate_classes(self) -> None:
         """Check the trainer's options; make M_0 if it is one that is made here."""
@@ -160,7 +167,7 @@ class STaSCCLI(LightningCLI):
         # The order matters, see callbacks/__init__.py.
         kwargs["callbacks"] = [Evaluation(), *filter(None, users), OuterLoop(), checkpoint]
         if config.trainer.enable_progress_bar is not False:
-            kwargs["callbacks"].append(IterationProgressBar())
+            kwargs["callbacks"].append(TrainingProgress())
         try:
             return super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, TypeError, ValueError) as error:
@@ -168,7 +175,8 @@ class STaSCCLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         """Put the experiment together, which finds mistakes before an engine starts."""
-        experiment = self.datamodule.experiment = self._experiment()
+        with Progress("reading the questions and the tokenizer"):
+            experiment = self.datamodule.experiment = self._experiment()
         if self.subcommand != "fit":
             output = self.datamodule.output_path(self.subcommand)
             if output.exists() and rank_zero_only.rank == 0:
@@ -176,12 +184,25 @@ class STaSCCLI(LightningCLI):
             return
         self.model.check(self.trainer.strategy)
         if rank_zero_only.rank == 0:
-            experiment.run.claim(self.saved_config, self._system_record(), self._first_use)
+            experiment.run.claim(self.saved_config, self._system_record(), self._first_use, experiment.origin)
 
     def _experiment(self) -> Experiment:
         config, data = self.config_init[self.subcommand], self.datamodule
         questions = data.load_questions(self.subcommand)
         base = ModelFolder.locate(self.model.base)
+        origin = this_start() | {
+            "model": {
+                "base": self.saved_config["model"]["base"],
+                "folder": str(base.path),
+                "revision": base.revision,
+            },
+            "questions": {
+                name: fingerprint(asked) | {"revision": getattr(data.sources[name], "revision", None)}
+                for name, asked in questions.items()
+            },
+        }
+        if self.subcommand != "fit":  # beside a run's results lies its config.yaml
+            origin["config"] = self.saved_config
         tokenizer, generation_config = base.tokenizer(), base.generation_config()
         dialogue = partial(
             Dialogue, tokenizer, generation_config=generation_config, template=self.model.template
@@ -200,6 +221,7 @@ class STaSCCLI(LightningCLI):
             run=Run(config.run_dir),
             seed=config.seed_everything,
             reuse=Path(config.reuse) if config.reuse else None,
+            origin=origin,
         )
 
     def _system_record(self) -> SystemRecord:
@@ -236,17 +258,57 @@ class STaSCCLI(LightningCLI):
             return TRAINING if name.startswith(_TRAINER_OPTIONS_THAT_TRAIN) else NEVER
         return START if option == "seed_everything" else NEVER
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Those of LightningCLI, without the option to show its table: ours is shown."""
+        found = LightningCLI.subcommands()
+        return found | {name: found[name] | {"verbose"} for name in ("validate", "test")}
+
+    def test(self, **kwargs: Any) -> None:
+        """Measure a model folder."""
+        self.trainer.test(**kwargs, verbose=False)
+
+    def validate(self, **kwargs: Any) -> None:
+        """As ``test``, on the validation questions."""
+        self.trainer.validate(**kwargs, verbose=False)
+
     def fit(self, model: LightningModule, datamodule: LightningDataModule, **kwargs: Any) -> None:
         """Start, or go on where the run folder's last checkpoint was written."""
         run = datamodule.experiment.run
-        if not kwargs.get("ckpt_path") and run.last_checkpoint.is_file():
+        going_on = not kwargs.get("ckpt_path") and run.last_checkpoint.is_file()
+        if going_on:
             kwargs["ckpt_path"] = str(run.last_checkpoint)
-            rank_zero_only(print)(f"going on in {run.folder}", flush=True)
+        algorithm, questions = datamodule.experiment.algorithm, datamodule.experiment.questions
+        counts = ", ".join(f"{len(asked):,} {name}" for name, asked in questions.items())
+        say(f"{'going on in' if going_on else 'starting'} {run.folder}", timed=True)
+        say(f"          {algorithm.name}, N = {algorithm.iterations}, questions: {counts}")
         self.trainer.fit(model, datamodule=datamodule, **kwargs)
+
+
+def help_text(command: str) -> str:
+    """The method's options, with those of the classes that are the default; Lightning's are left out."""
+    parser = ArgumentParser(
+        f"python -m stasc {command}",
+        usage=f"python -m stasc {command} --config FILE [--config FILE ...] [--OPTION VALUE ...]",
+        description="Later configs go on top of earlier ones, and options on top of all.",
+        epilog=f"Another system or sampler has options of its own: --algorithm.help stasc.algorithm.STaR. "
+        f"All options, those of Lightning's Trainer too: python -m stasc {command} --help all.",
+        add_help=False,
+    )
+    parts = {"algorithm": STaSC, "data": TrajectoryDataModule, "model": CorrectionSFT, "sampler": VLLMSampler}
+    for name, part in parts.items():
+        parser.add_class_arguments(part, name)
+    STaSCCLI.add_run_arguments(parser)
+    return parser.format_help()
 
 
 def run() -> None:
     """Parse ``sys.argv`` and run; a user's mistake ends in one sentence on standard error and status 2."""
+    if sys.argv[1] in STaSCCLI.subcommands() and {"-h", "--help"} & set(sys.argv):
+        if sys.argv[-1] != "all":
+            print(help_text(sys.argv[1]))
+            return
+        sys.argv.pop()
     for name in ("lightning.pytorch", "lightning.fabric"):  # what devices there are, tips, the seed
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")

@@ -19,6 +19,7 @@ from stasc.errors import UserError
 from stasc.metrics import answer_metrics, chosen, dataset_sizes, evaluation_metrics, reward_metrics, why_empty
 from stasc.model_folder import ModelFolder
 from stasc.prompting import Dialogue, check_prompts
+from stasc.provenance import fingerprint
 from stasc.reward import Reward
 from stasc.rollout import Rollout
 from stasc.run import Iteration, Run, read_json, write_json, write_lines
@@ -82,6 +83,7 @@ class Experiment:
         run: The run folder.
         seed: What all draws follow from.
         reuse: A run, or a folder of runs, whose draws from M_0 are taken where they answer the same request.
+        origin: What the metrics of a model folder on its own say of where they come from.
     """
 
     algorithm: Algorithm
@@ -97,6 +99,7 @@ class Experiment:
     run: Run
     seed: int
     reuse: Path | None = None
+    origin: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     # ------------------------------------------------------------------ Algorithm 1: for n = 1 to N do
 
@@ -135,7 +138,8 @@ class Experiment:
             metrics = {"iteration": n, **self._validation(n)}
             if n % self.evaluation.test_every == 0 or n == self.algorithm.iterations:
                 metrics |= self._test(n)
-            self._write(path, metrics | (read_json(self.run.iteration(n).training) if n else {}))
+            metrics |= read_json(self.run.iteration(n).training) if n else {}
+            self._write(path, metrics | self._measured(n, metrics))
         return read_json(path)
 
     def choose(self) -> int | None:
@@ -149,7 +153,8 @@ class Experiment:
         n = chosen([read_json(self.run.iteration(n).metrics) for n in range(self.algorithm.iterations + 1)])
         metrics = read_json(path := self.run.iteration(n).metrics)
         if "test" not in metrics:
-            self._write(path, metrics | self._test(n))
+            metrics |= self._test(n)
+            self._write(path, metrics | self._measured(n, metrics))
         return n
 
     # ------------------------------------------------------------------ around it
@@ -190,12 +195,13 @@ class Experiment:
     def validate(self) -> tuple[list[Sequence[Trajectory]], dict[str, dict[str, float]]]:
         """M_0 on the validation questions, without files: the trajectories, and their metrics."""
         rounds = self._answers("validation", 0, "validation")
-        return rounds, {"validation": answer_metrics(rounds[0], self.algorithm.threshold)}
+        metrics = {"validation": answer_metrics(rounds[0], self.algorithm.threshold)}
+        return rounds, metrics | {"measured": dict(self.origin)}
 
     def test(self) -> tuple[list[Sequence[Trajectory]], dict[str, dict[str, float]]]:
         """M_0 on the test questions, without files: trajectories after each correction, and all metrics."""
         rounds, greedy = self._answers("test", 0, "test"), self._greedy(0, "test, greedily")
-        return rounds, self._metrics(rounds, greedy)
+        return rounds, self._metrics(rounds, greedy) | {"measured": dict(self.origin)}
 
     def predict(self) -> Sequence[Trajectory]:
         """Answers and corrections of M_0 to the ``predict`` questions, without files."""
@@ -223,6 +229,14 @@ class Experiment:
         rounds = self._answers("test", n, "M_{n} on test", Iteration.test_answers)
         greedy = self._greedy(n, "M_{n} on test, greedily", lambda files, _: files.test_greedy)
         return self._metrics(rounds, greedy)
+
+    def _measured(self, n: int, metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """Which model, config and questions the metrics of M_n are of; the same in every folder."""
+        groups = [name for name in ("validation", "test") if name in metrics]
+        questions = {name: fingerprint(self.questions[name]) for name in groups}
+        return {
+            "measured": {"model": f"M_{n}", "config": f"../{self.run.config.name}", "questions": questions}
+        }
 
     def _answers(
         self,

@@ -70,6 +70,11 @@ class ModelFolder:
             raise self._no_config(error) from error
 
     @property
+    def revision(self) -> str | None:
+        """The hub's commit of which this is a snapshot; None for another folder."""
+        return self.path.name if self.path.parent.name == "snapshots" else None
+
+    @property
     def dtype(self) -> str:
         """The dtype of the weights according to config.json, such as ``bfloat16``; float32 if it has none."""
         config = self.config

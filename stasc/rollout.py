@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 
-from tqdm.auto import tqdm
-
 from stasc import processes
 from stasc.algorithm import Turn
 from stasc.answers import FinalAnswer
 from stasc.errors import UserError
+from stasc.progress import Progress
 from stasc.prompting import Dialogue
 from stasc.reward import Reward
 from stasc.sampling import Draw, Request, Sampler, Sampling
@@ -138,12 +137,12 @@ class Rollout:
         share = list(missing)[rank :: processes.count()]
         scored = {i: self._score(draws, questions[i]) for i, draws in known.items() if i not in missing}
         mine, tokens = {}, 0
-        with tqdm(
-            total=sum(missing[i].n for i in share),
-            desc=title,
-            unit=" completions",
-            disable=rank > 0 or not share,
-        ) as bar:
+        if share:
+            with Progress("the engine gets ready"):
+                self.sampler.wait()
+        if processes.count() > 1:
+            title += f", process 1 of {processes.count()}"
+        with Progress(title, sum(missing[i].n for i in share)) as progress:
             for at, draws in self.sampler.sample(
                 [missing[i] for i in share], sampling, self.dialogue.stop_ids
             ):
@@ -153,11 +152,10 @@ class Rollout:
                 if journal:
                     journal.add(requests[i], drawn)
                 tokens += sum(len(draw.token_ids) for draw in draws)
-                bar.update(len(draws))
-                rate = f"{tokens / max(bar.format_dict['elapsed'], 1e-9):,.0f} tokens/s"
+                rate = f"{tokens / max(progress.seconds, 1e-9):,.0f} tokens/s"
                 if self.sampler.prefix_hits is not None:
-                    rate += f", {self.sampler.prefix_hits:.0%} of prompts cached"
-                bar.set_postfix_str(rate, refresh=False)
+                    rate += f", {self.sampler.prefix_hits:.0%} cached"
+                progress.update(len(draws), rate)
         for others in processes.from_all_ranks(mine):
             scored |= others
         return [scored[i] for i in range(len(requests))]

@@ -123,6 +123,8 @@ class Run:
         self.folder = Path(folder)
         self.config = self.folder / "config.yaml"
         self.system = self.folder / "system.json"
+        self.starts = self.folder / "starts.json"
+        """Each start of the program: when, which versions, on what, with which model and questions."""
         self.checkpoints = self.folder / "checkpoints"
         self.last_checkpoint = self.checkpoints / "last.ckpt"
         self.tensorboard = self.folder / "tensorboard"
@@ -152,6 +154,7 @@ class Run:
         config: dict[str, Any],
         system: SystemRecord,
         first_use: Callable[[str, Any, Any], FirstUse],
+        start: dict[str, Any],
     ) -> None:
         """Make this the folder of a run with ``config``, or find that it is already.
 
@@ -160,6 +163,7 @@ class Run:
             system: What there is to say of it.
             first_use: From where on it matters that an option, by dotted name, was changed from one value to
                 another.
+            start: What there is to say of this start of the program.
 
         Raises:
             UserError: The folder belongs to a run whose results follow from another configuration.
@@ -183,6 +187,7 @@ class Run:
             raise UserError(f"{self.folder} holds a run without its config.yaml: choose another --run_dir.")
         write_lines(self.config, yaml.safe_dump(config, sort_keys=False, allow_unicode=True).splitlines())
         write_json(self.system, vars(system))
+        write_json(self.starts, [*(read_json(self.starts) if self.starts.is_file() else []), start])
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

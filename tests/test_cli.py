@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -225,6 +226,23 @@ def test_top_level_help_loads_no_library():
     assert "jsonargparse" not in process.stderr
 
 
+def test_help_has_the_options_of_the_method_and_says_where_the_others_are(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["stasc", "fit", "--help"])
+    main()
+    shown = capsys.readouterr().out
+    options = ["algorithm.variant", "algorithm.n_init", "data.sampling.temperature", "model.base"]
+    options += ["sampler.kv_cache_gib", "run_dir"]
+    places = [shown.index(f"--{option} ") for option in options]
+    assert places == sorted(places)
+    assert "N_init, initial answers sampled for each question." in shown
+    assert "--trainer" not in shown
+    assert "python -m stasc fit --help all" in " ".join(shown.split())
+    monkeypatch.setattr(sys, "argv", ["stasc", "fit", "--help", "all"])
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    assert "--trainer.max_epochs" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_printed_config_is_a_config(stasc, tmp_path):
     first = stasc(
@@ -236,6 +254,10 @@ def test_printed_config_is_a_config(stasc, tmp_path):
     second = stasc("fit", "--config", path, "--print_config")
     assert second.stdout == first.stdout
     assert yaml.safe_load(first.stdout)["algorithm"]["init_args"]["variant"] == "FNF"
+    short = stasc("fit", "--config", path, "--print_config=skip_default")
+    assert len(short.stdout) < len(first.stdout) / 2
+    path.write_text(short.stdout)
+    assert stasc("fit", "--config", path, "--print_config").stdout == first.stdout
 
 
 @pytest.mark.slow
@@ -252,7 +274,17 @@ def test_a_model_folder_is_evaluated_and_answers_questions(stasc, tmp_path):
     for command in ("validate", "test"):
         process = stasc(command, *common)
         assert process.returncode == 0, process.stderr
-        assert "wrong_to_right" in process.stdout
+        table = process.stdout.splitlines()[-2:]
+        assert table[0].split()[:2] == ["r(Y1)", "r(Y2)"]
+        name = {"validate": "validation", "test": "test"}[command]
+        metrics = json.loads((tmp_path / "run" / f"{command}.metrics.json").read_text())
+        measured, metrics = metrics["measured"], metrics[name]
+        assert measured["model"] == {"base": str(model), "folder": str(model), "revision": None}
+        assert measured["questions"][name]["count"] == 5
+        assert measured["config"]["data"][name]["init_args"]["path"] == str(path)
+        assert measured["libraries"]["torch"] == version("torch")
+        assert table[1].split()[:3] == [name, f"{metrics['r1']:.3f}", f"{metrics['r2']:.3f}"]
+        assert "test_step" not in process.stdout
         trajectories = [json.loads(line) for line in (tmp_path / "run" / f"{command}.jsonl").open()]
         assert [t["question"]["text"] for t in trajectories] == [row["text"] for row in rows]
     process = stasc("predict", *common, "--data.output", tmp_path / "out.jsonl")

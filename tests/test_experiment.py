@@ -14,6 +14,7 @@ from stasc.experiment import Evaluation, Experiment
 from stasc.metrics import chosen
 from stasc.model_folder import ModelFolder
 from stasc.prompting import Dialogue, Message
+from stasc.provenance import fingerprint
 from stasc.reward import Reward
 from stasc.run import Run, read_json, write_json
 from stasc.sampling import Sampling, TransformersSampler
@@ -103,7 +104,9 @@ def test_evaluation_writes_its_metrics_and_every_round(make):
     metrics = experiment.evaluate(0)
     names = ("test.jsonl", "test-turn-3.jsonl", "test-turn-4.jsonl", "test-greedy.jsonl", "metrics.json")
     assert {path.name for path in experiment.run.iteration(0).folder.iterdir()} == set(names)
-    assert set(metrics) == {"iteration", "test", "samples", "rounds", "greedy"}
+    assert set(metrics) == {"iteration", "test", "samples", "rounds", "greedy", "measured"}
+    questions = {"test": fingerprint(QUESTIONS["test"])}
+    assert metrics["measured"] == {"model": "M_0", "config": "../config.yaml", "questions": questions}
     rounds, again = experiment.test()
     assert [len(trajectories) for trajectories in rounds] == [10, 10, 10]
     assert set(again) == set(metrics) - {"iteration"}
@@ -118,10 +121,14 @@ def test_validation_questions_choose_the_model_and_the_test_set_waits(make):
     metrics = experiment.evaluate(0)
     assert set(metrics["validation"]) == set(metrics["test"])
     assert metrics["validation"]["count"] == 20
-    assert set(metrics) == {"iteration", "validation", "test", "rounds"}
+    assert set(metrics) == {"iteration", "validation", "test", "rounds", "measured"}
+    assert metrics["measured"]["questions"] == {
+        "validation": fingerprint(validation),
+        "test": fingerprint(QUESTIONS["test"]),
+    }
     validated, found = experiment.validate()
     assert len(validated[0]) == 20
-    assert set(found) == {"validation"}
+    assert set(found) == {"validation", "measured"}
 
 
 def iterations_with_validation(*rewards: float) -> list[dict]:

@@ -92,6 +92,32 @@ def test_the_quickstart_learns_and_says_so(quickstart):
         assert row == [str(n), *rewards, *delta, size, *counts, *changes]
     assert f"M_5: corrections are not better than first answers: {test['delta']:+.3f}, p = " in output
     assert f"tensorboard --logdir '{quickstart.run}/tensorboard'" in output
+    assert f"stasc report '{quickstart.run}' --out report" in output
+    best = max(range(6), key=lambda n: quickstart.metrics(n)["test"]["r2"])
+    assert f"maximum on test      M_{best}, test r(Y2) {quickstart.metrics(best)['test']['r2']:.3f}" in output
+
+
+def test_a_log_of_the_quickstart_has_plain_lines_with_times(quickstart):
+    assert quickstart.process.stderr == ""
+    output = quickstart.process.stdout
+    assert not any(mark in output for mark in ("\r", "\x1b", "%|"))
+    lines = output.splitlines()
+    at = [next(i for i, line in enumerate(lines) if f"  iteration {n} of 5" in line) for n in TRAINED]
+    assert at == sorted(at)
+    assert re.fullmatch(r"[\d:]{8}  iteration 3 of 5; .+ so far, about .+ left", lines[at[2]])
+    of_the_third = "\n".join(lines[at[2] : at[3]])
+    for stage in ("iteration 3: initial answers: 1,000 in", "iteration 3: corrections: 2,000 in"):
+        assert re.search(rf"^[\d:]{{8}}  {stage} .+ tokens/s", of_the_third, re.MULTILINE)
+    steps = quickstart.metrics(3)["training"]["steps"]
+    assert re.search(
+        rf"^[\d:]{{8}}  iteration 3: training steps: {steps} in .+, loss ", of_the_third, re.MULTILINE
+    )
+    test, train = (quickstart.metrics(2)[group] for group in ("test", "train"))
+    assert f"\nM_2   test        r(Y1) {test['r1']:.3f}  r(Y2) {test['r2']:.3f}  w>r " in of_the_third
+    assert f"\n      train       r(Y1) {train['r1']:.3f}  r(Y2) {train['r2']:.3f}  |D_2| " in of_the_third
+    wide = [line for line in lines if len(line) > 80]
+    assert all(str(quickstart.run) in line or "corrections are" in line for line in wide), wide
+    assert "  done: iteration 5 of 5; this start took " in output
     assert f"{quickstart.folder(1)}/model to {quickstart.folder(5)}/model" in output
 
 
@@ -144,6 +170,9 @@ def test_metrics_are_those_of_the_files(quickstart):
         trajectories = quickstart.records(n, "test")
         assert [t.question for t in trajectories] == tested
         assert metrics.pop("iteration") == n
+        measured = metrics.pop("measured")
+        assert (measured["model"], measured["questions"]["test"]["count"]) == (f"M_{n}", 500)
+        assert (quickstart.folder(n) / measured["config"]).is_file()
         test = metrics.pop("test")
         changes = [t.after(2).text.split() != t.after(1).text.split() for t in trajectories]
         assert test.pop("repeated") == pytest.approx(1 - sum(changes) / 500)
@@ -289,7 +318,7 @@ def test_the_same_command_on_a_finished_run_changes_nothing(quickstart, stasc):
     assert again.returncode == 0, again.stderr
     table = again.stdout[again.stdout.index("\n  n  r(Y1)") :]
     assert quickstart.process.stdout.endswith(table)
-    assert "completions/s" not in again.stderr
+    assert "tokens/s" not in again.stdout
     assert contents(quickstart.run) == before
     assert_curves_are_the_metrics(quickstart)
 

@@ -74,6 +74,10 @@ def test_killed_by_itself_at_an_exact_moment(stasc, with_transformers, tmp_path,
     again = stasc(*command)
     assert again.returncode == 0, again.stderr
     assert_same(tmp_path, with_transformers)
+    first, second = json.loads((tmp_path / "starts.json").read_text())
+    assert "users_own.Kill" in first["command"]
+    assert "users_own.Kill" not in second["command"]
+    assert first["questions"] == second["questions"]
 
 
 def wait_for(path: Path, process: subprocess.Popen[bytes], timeout: float = 240) -> None:

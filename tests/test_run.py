@@ -14,6 +14,7 @@ from stasc.run import (
     Run,
     SystemRecord,
     first_use,
+    read_json,
     write_folder,
     write_json,
     write_lines,
@@ -35,7 +36,7 @@ def use(option: str, before: Any, now: Any) -> FirstUse:
 
 
 def claim(run: Run, configuration: dict[str, Any]) -> None:
-    run.claim(configuration, SYSTEM, use)
+    run.claim(configuration, SYSTEM, use, {"date": "today"})
 
 
 def test_what_is_interrupted_leaves_the_old_file_and_no_folder(tmp_path):
@@ -71,6 +72,7 @@ def test_a_run_goes_on_with_whatever_has_no_part_in_its_results(tmp_path):
     claim(run, config())
     claim(run, config(trainer={"devices": 2}, run_dir="moved"))
     assert run.read_system() == SYSTEM
+    assert read_json(run.starts) == [{"date": "today"}] * 3
 
 
 def test_more_iterations_continue_a_run_and_fewer_than_it_has_do_not(tmp_path):
@@ -79,14 +81,14 @@ def test_more_iterations_continue_a_run_and_fewer_than_it_has_do_not(tmp_path):
     def uses(option: str, before: Any, now: Any) -> FirstUse:
         return first_use(STaSC.first_uses, option.removeprefix("algorithm.init_args."), before, now)
 
-    run.claim(config(), SYSTEM, uses)
+    run.claim(config(), SYSTEM, uses, {})
     write_json(run.iteration(1).training, {})
-    run.claim(config(iterations=3), SYSTEM, uses)
-    run.claim(config(iterations=1), SYSTEM, uses)
-    run.claim(config(iterations=3), SYSTEM, uses)
+    run.claim(config(iterations=3), SYSTEM, uses, {})
+    run.claim(config(iterations=1), SYSTEM, uses, {})
+    run.claim(config(iterations=3), SYSTEM, uses, {})
     write_json(run.iteration(2).training, {})
     with pytest.raises(UserError, match=r"another --algorithm\.iterations \(3, now 1\)"):
-        run.claim(config(iterations=1), SYSTEM, uses)
+        run.claim(config(iterations=1), SYSTEM, uses, {})
 
 
 def test_an_option_may_change_until_the_first_file_that_follows_from_it(tmp_path):

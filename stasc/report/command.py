@@ -124,7 +124,11 @@ def report(places: Sequence[Path], out: Path, paper: Path | None, at_most: int) 
             tables.correlation_table(shown),
         ],
         "Transitions": [figures.transitions(systems)],
-        "Runs": [tables.runs_table(systems), tables.curves_table(systems)],
+        "Runs": [
+            tables.settings_table(systems),
+            tables.runs_table(systems, out),
+            tables.curves_table(systems),
+        ],
         "Method": [*METHOD, *([PAPER_METHOD] if paper else [])],
     }
     sections = {title: full for title, blocks in sections.items() if (full := list(filter(None, blocks)))}

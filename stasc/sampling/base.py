@@ -62,8 +62,8 @@ class Draw(NamedTuple):
 class Sampler(ABC):
     """A sampling engine: completes token ids with the weights of a model folder.
 
-    Methods are called in this order: ``start``; then ``load``, ``sample``, ``log_probabilities`` and
-    ``release`` in any order; then ``close``. Each training process has one sampler on its own device.
+    Methods are called in this order: ``start``; then ``load``, ``wait``, ``sample``, ``log_probabilities``
+    and ``release`` in any order; then ``close``. Each training process has one sampler on its own device.
 
     A subclass can be named in YAML by its class path; its ``__init__`` arguments are its ``init_args``. This
     one completes a prompt with the prompt's first tokens:
@@ -125,6 +125,9 @@ class Sampler(ABC):
             context: Maximum number of tokens of a prompt and its completion together.
             log: Log file of the engine.
         """
+
+    def wait(self) -> None:  # noqa: B027  (an engine that is ready after ``start`` has nothing to wait for)
+        """Return when the engine is ready to sample."""
 
     @abstractmethod
     def load(self, model: Path) -> None:

@@ -107,6 +107,10 @@ class VLLMSampler(Sampler):
         self._dtype = self._options["dtype"]
         self._engine = self._launch()
 
+    def wait(self) -> None:
+        """See ``Sampler``."""
+        self._command("load", str(self._model))
+
     def load(self, model: Path) -> None:
         """See ``Sampler``; refuses a folder whose tensors differ from those of the first folder.
 
