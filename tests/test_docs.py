@@ -204,7 +204,7 @@ def test_options_and_classes_are_called_so(page, parse, folder):
             parse(["fit", "--config", "configs/quickstart.yaml", *(w.replace("FILE", file) for w in words)])
         elif words[0].startswith("--") and "." not in words[0]:
             own = any(f"{option}.".startswith(f"{words[0][2:]}.") for option in quickstart)
-            of_argparse = words[0] in ("--config", "--print_config", "--help")
+            of_argparse = words[0].partition("=")[0] in ("--config", "--print_config", "--help")
             assert own or of_argparse or f'"{words[0]}"' in of_programs, code
         elif name := re.fullmatch(r"(?:--)?((?:algorithm|model|data|sampler|trainer|stasc)\.[\w.]+\w)", code):
             parts = name[1].split(".")
