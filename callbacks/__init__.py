@@ -28,7 +28,8 @@ finds it missing at the next start, when there is no epoch left to train.
 
 from callbacks.curves import Curves
 from callbacks.evaluation import Evaluation
+from callbacks.measurement import Measurement
 from callbacks.outer_loop import OuterLoop
 from callbacks.progress import TrainingProgress
 
-__all__ = ["Curves", "Evaluation", "OuterLoop", "TrainingProgress"]
+__all__ = ["Curves", "Evaluation", "Measurement", "OuterLoop", "TrainingProgress"]

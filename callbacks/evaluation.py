@@ -12,6 +12,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from callbacks.curves import Curves
 from data import TrajectoryDataModule
+from stasc.experiment import Experiment
+from stasc.model_card import write_card
 from stasc.progress import say
 from stasc.run import read_json
 from stasc.statistics import verdict
@@ -26,7 +28,7 @@ _CHANGES = {name: f"{name[0]}>{name.rpartition('_')[2][0]}" for name in TRANSITI
 
 
 class Evaluation(Callback):
-    """Evaluates every M_n, M_0 included, and shows the metrics.
+    """Evaluates every M_n, M_0 included, shows the metrics, and writes them into the card of M_n.
 
     M_{n-1} is evaluated at the start of iteration n, while the sampler still holds it; M_N at the end. Each
     iteration's metrics go from its ``metrics.json`` to the loggers, with the iteration as the step.
@@ -57,8 +59,9 @@ class Evaluation(Callback):
         self._evaluate(trainer, last)
         choice = experiment.choose()
         if trainer.is_global_zero:
+            _write_card(experiment, choice)  # it may have been evaluated on the test questions just now
             files = [experiment.run.iteration(n) for n in range(last + 1)]
-            iterations = [read_json(of_n.metrics) for of_n in files]
+            iterations = [read_json(of_n.metrics, "iteration") for of_n in files]
             data.pace.end()
             say(f"\n{summary(iterations, choice)}")
             empty = [str(n) for n, metrics in enumerate(iterations) if n and not metrics["dataset"]["size"]]
@@ -88,7 +91,8 @@ class Evaluation(Callback):
             return
         if missing:
             say(summary_lines(metrics))
-        points = curves([read_json(run.iteration(m).metrics) for m in range(n + 1)])
+        _write_card(data.experiment, n)
+        points = curves([read_json(run.iteration(m).metrics, "iteration") for m in range(n + 1)])
         answers = run.iteration(n).test_answers(2) if "test" in metrics else run.iteration(n).validation
         trajectories = list(islice(Records(answers), TABLE_ROWS))
         for logger in trainer.loggers:
@@ -96,6 +100,11 @@ class Evaluation(Callback):
             if isinstance(logger, Curves | TensorBoardLogger):
                 logger.experiment.add_text(f"{answers.stem}/trajectories", sample_table(trajectories), n)
             logger.save()
+
+
+def _write_card(experiment: Experiment, n: int | None) -> None:
+    if n and experiment.model_folder(n).is_dir():  # who needs the space may remove models of a run
+        write_card(experiment, n)
 
 
 def _begin_curves(trainer: Trainer) -> None:
@@ -239,8 +248,9 @@ def _table(rows: dict[str, tuple[dict[str, float], str]], first: str, last: str)
         )
         counts = "  ".join(f"{found[metric]:>5}" for metric in TRANSITIONS)
         r1, r2 = found["r1"], found["r2"]
+        delta = found.get("delta", r2 - r1)
         size_column = f"{size:>5}  " if last else ""
-        rewards = f"{name}  {r1:.3f}  {r2:.3f}  {r2 - r1:+.3f}  {error:>5}"
+        rewards = f"{name}  {r1:.3f}  {r2:.3f}  {delta:+.3f}  {error:>5}"
         lines.append(f"{rewards}  {size_column}{counts}  {same:>4}  {edit:>4}")
     return "\n".join(lines)
 

@@ -52,7 +52,7 @@ class Progress:
     """A stage that is under way.
 
     On a terminal it is a bar on standard error that goes away at the end. Elsewhere it is a line on standard
-    output every ten minutes. A stage that was counted leaves a line in either case.
+    output every ten minutes. A stage of several leaves a line in either case.
 
     Args:
         title: What is done, such as ``iteration 1: corrections``.
@@ -102,7 +102,7 @@ class Progress:
     def finish(self) -> None:
         """It is done: remove the bar, and leave a line."""
         self.close()
-        if self.total:
+        if self.total and self.total > 1:  # of one, as in a chat, there is no progress to tell
             self._say(f"{self.done:,}")
 
     def _say(self, count: str) -> None:

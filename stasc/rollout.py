@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 
 from stasc import processes
@@ -32,7 +33,8 @@ class Rollout:
         sampler: Started, with weights loaded.
         dialogue: Renders the prompts.
         answer: Finds the answer in a completion.
-        reward: Scores it, as it comes from the engine.
+        reward: Scores it, as it comes from the engine. Without one rewards are NaN, and no answer is looked
+            for.
         seed: Of the run. Every draw follows from it, the stage, the prompt's name, the question and the
             numbers of the answers before.
         context: Tokens that a prompt and its answer can take together.
@@ -42,8 +44,8 @@ class Rollout:
         self,
         sampler: Sampler,
         dialogue: Dialogue,
-        answer: FinalAnswer,
-        reward: Reward,
+        answer: FinalAnswer | None,
+        reward: Reward | None,
         seed: int,
         context: int,
     ) -> None:
@@ -164,11 +166,22 @@ class Rollout:
         scored = []
         for draw in draws:
             text = self.dialogue.decode(draw.token_ids)
-            reward = self.reward.judge(self.answer.find(text), question)
-            if not isinstance(reward, int | float) or not 0 <= reward <= 1:  # nan is refused, too
-                raise UserError(
-                    f"the reward {type(self.reward).__name__} gave {reward!r} for an answer to question "
-                    f"'{question.id}': it must give a number from 0 to 1."
-                )
-            scored.append((draw, text, float(reward)))
+            scored.append((draw, text, self._reward(text, question) if self.reward else math.nan))
         return scored
+
+    def _reward(self, text: str, question: Question) -> float:
+        try:
+            answer = self.answer.find(text)
+            if not isinstance(answer, str):
+                name = type(self.answer).__name__
+                raise UserError(f"{name}.find gave {answer!r} for a completion: it must give a text.")
+            reward = self.reward.judge(answer, question)
+        except Exception as error:
+            error.add_note(f"on an answer to question '{question.id}'")
+            raise
+        if not isinstance(reward, int | float) or not 0 <= reward <= 1:  # nan is refused, too
+            raise UserError(
+                f"the reward {type(self.reward).__name__} gave {reward!r} for an answer to question "
+                f"'{question.id}': it must give a number from 0 to 1."
+            )
+        return float(reward)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import NamedTuple
 import pytest
 import yaml
 from conftest import ROOT, contents, curves, demo_fit, events, stasc_environment, tiny_tokenizer
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig
 
 from stasc.algorithm import VARIANTS
@@ -28,7 +30,7 @@ TRANSITIONS = {
     "right_to_right": (1, 1),
     "wrong_to_wrong": (0, 0),
 }
-EVALUATION = {"test.jsonl", "metrics.json"}
+EVALUATION = {"test.jsonl", "metrics.json", "lines.json"}
 STEPS = {"initial.jsonl", "trajectories.jsonl", "dataset.jsonl", "training.json", "probe.json", "model"}
 
 Chat = list[dict[str, str]]
@@ -122,7 +124,7 @@ def test_a_log_of_the_quickstart_has_plain_lines_with_times(quickstart):
 
 
 def test_every_iteration_leaves_its_files(quickstart):
-    assert {path.name for path in quickstart.folder(0).iterdir()} == EVALUATION
+    assert {path.name for path in quickstart.folder(0).iterdir()} == EVALUATION | {"probe.json"}
     for n in TRAINED:
         assert {path.name for path in quickstart.folder(n).iterdir()} == EVALUATION | STEPS
     assert {path.name for path in quickstart.run.iterdir()} >= {"config.yaml", "checkpoints", "tensorboard"}
@@ -242,6 +244,11 @@ def test_validation_questions_choose_and_the_test_set_is_seen_seldom(stasc, tmp_
     assert f"M_{best}: corrections are" in process.stdout
     assert [n for n, _ in curves(run)["validation/r2"]] == [0, 1, 2, 3]
     assert [n for n, _ in curves(run)["test/r2"]] == [0, 2, 3]
+    for n in range(1, 4):
+        card = (done.folder(n) / "model/README.md").read_text()
+        assert ("| test | M_" in card) == ("test" in metrics[n])
+        assert card.count("| validation | M_") == 2
+        assert "| validation | 0.25 of train, held out |" in card
 
 
 # ---------------------------------------------------------------- the models it leaves
@@ -307,6 +314,38 @@ def test_plain_vllm_says_what_the_engine_said(quickstart, cache, tmp_path):
     )
     assert plain.returncode == 0, plain.stderr
     assert json.loads((tmp_path / "output").read_text()) == answered
+
+
+def test_the_card_says_what_the_run_found_and_its_snippet_runs(quickstart, monkeypatch, capfd):
+    folder = quickstart.folder(5) / "model"
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.to_dict() == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["stasc", "self-correction"],
+    }
+    for n in (0, 5):
+        test = quickstart.metrics(n)["test"]
+        low, high = (max(0, test["r2"] + sign * 1.96 * test["r2_se"]) for sign in (-1, 1))
+        reward = f"{test['r2']:.3f} [{low:.3f}, {min(high, 1):.3f}]"
+        assert re.search(
+            rf"\| test \| M_{n} \| .* \| {re.escape(reward)} \| {test['delta']:+.3f} ", card.text
+        )
+    for messages in PROMPTS["initial"], PROMPTS["correction"]:
+        assert all(message["content"] in card.text for message in messages)
+    assert str(quickstart.run.parent) not in card.content
+    first = quickstart.records(5, "test")[0]
+    (snippet,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    monkeypatch.chdir(folder)
+    exec(snippet, {})
+    assert capfd.readouterr().out == f"initial: {first.after(1).text}\ncorrection: {first.after(2).text}\n"
+
+
+def test_all_files_of_a_model_may_be_read_by_those_who_may_read_its_config(quickstart):
+    os.umask(umask := os.umask(0))
+    modes = {path.name: path.stat().st_mode for path in (quickstart.folder(1) / "model").iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"] == modes["stasc.yaml"] == modes["README.md"]
+    assert modes["config.json"] & 0o444 == 0o444 & ~umask
 
 
 # ---------------------------------------------------------------- other ways to run it

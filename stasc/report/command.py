@@ -74,6 +74,8 @@ def main(arguments: Sequence[str]) -> None:
     )
     try:
         options = parser.parse_args(arguments)
+        if options.out == Path():
+            raise UserError("--out is empty, or this folder: name a folder for the report.")
         if options.trajectories < 0:
             raise UserError(f"--trajectories is {options.trajectories}: it must be 0 or more.")
         for line in report(options.runs, options.out, options.paper, options.trajectories):

@@ -98,6 +98,10 @@ class Sampler(ABC):
     finished so far. A prompt counts once, whatever its n. None before the first finished request, and for
     engines without a prefix cache."""
 
+    memory: int | None = None
+    """Bytes of the device's memory that the engine may take in all while it is awake; set before ``start``.
+    None: whatever the device has free."""
+
     _device: torch.device | None = None
     _dtype: torch.dtype | str | None = None
 
