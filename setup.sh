@@ -43,7 +43,7 @@ if grep -q "^$other" <<<"$installed"; then
     fail ".venv holds the other build of vLLM; remove .venv and run ./setup.sh $build again."
 fi
 
-extras=dev,examples,search,$build
+extras=dev,docs,examples,search,$build
 arguments=(--quiet --python .venv --compile-bytecode)
 if [ "$build" = cpu ]; then
     # vLLM requires these packages, but not for text models, and their CUDA builds break a CPU torch.

@@ -479,11 +479,11 @@ def test_a_model_folder_is_evaluated_and_answers_questions(stasc, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_readmes_own_task(stasc, tmp_path):
-    """The lines that the README tells a user to write, laid over one of the paper's configs."""
+def test_the_docs_own_task(stasc, tmp_path):
+    """The lines that docs/task.md tells a user to write, laid over one of the paper's configs."""
     path = jsonl(tmp_path / "mine.jsonl", *({"question": f"Why {i}?", "answers": ["a"]} for i in range(3)))
-    readme = (ROOT / "README.md").read_text()
-    lines = re.search(r"```yaml\n(data:\n  train:.*?)```", readme, re.DOTALL)[1]
+    page = (ROOT / "docs/task.md").read_text()
+    lines = re.search(r'```yaml title="my_task.yaml"\n(.*?)```', page, re.DOTALL)[1]
     (tmp_path / "my_task.yaml").write_text(re.sub(r"my_train\.jsonl|user/my-data-set", str(path), lines))
     process = stasc(
         *("test", "--config", ROOT / "configs/qwen_eif.yaml", "--config", tmp_path / "my_task.yaml"),
