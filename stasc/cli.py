@@ -431,7 +431,7 @@ def _check_nodes(trainer: Trainer) -> None:
     if missing and isinstance(environment, LightningEnvironment):
         raise UserError(
             f"trainer.num_nodes is {trainer.num_nodes}, and {missing[0]} is not set: start the command on "
-            "all nodes with MASTER_ADDR and MASTER_PORT, which are of the first, and NODE_RANK, 0 there."
+            "all nodes with the MASTER_ADDR and MASTER_PORT of the first, and NODE_RANK, which is 0 there."
         )
     if trainer.local_rank == 0:
         place = f"{environment.main_address}:{environment.main_port}"
