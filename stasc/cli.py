@@ -38,6 +38,9 @@ from stasc.training.module import CorrectionSFT
 MADE_HERE = {"demo": demo.base_model, "smollm2-135m": smollm2.base_model}
 """Names that ``model.base`` may have for a model that is made on the spot, and what makes it."""
 
+SEED = 42
+"""What all draws follow from, unless another number is given."""
+
 RENAMED = {
     "batch_size": "batches.size",
     "prefix_sharing": "batches.prefix_sharing",
@@ -298,7 +301,9 @@ def help_text(command: str) -> str:
     parts = {"algorithm": STaSC, "data": TrajectoryDataModule, "model": CorrectionSFT, "sampler": VLLMSampler}
     for name, part in parts.items():
         parser.add_class_arguments(part, name)
-    STaSCCLI.add_run_arguments(parser)
+    run_options = parser.add_argument_group("The run")
+    STaSCCLI.add_run_arguments(run_options)
+    run_options.add_argument("--seed_everything", type=int, default=SEED, help="What all draws follow from.")
     return parser.format_help()
 
 
@@ -323,7 +328,7 @@ def run() -> None:
             CorrectionSFT,
             TrajectoryDataModule,
             save_config_callback=None,  # Run.claim does it, before anything else is written
-            seed_everything_default=42,
+            seed_everything_default=SEED,
             trainer_defaults={
                 "num_sanity_val_steps": 0,
                 "reload_dataloaders_every_n_epochs": 1,  # every epoch has the batches of its own iteration
