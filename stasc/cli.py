@@ -48,6 +48,9 @@ from stasc.users_code import blame
 MADE_HERE = {"demo": demo.base_model, "smollm2-135m": smollm2.base_model}
 """Names that ``model.base`` may have for a model that is made on the spot, and what makes it."""
 
+SEED = 42
+"""What all draws follow from, unless another number is given."""
+
 _DISK_ERRORS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
     *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EIO),
@@ -345,7 +348,9 @@ def help_text(command: str) -> str:
     parts = {"algorithm": STaSC, "data": TrajectoryDataModule, "model": CorrectionSFT, "sampler": VLLMSampler}
     for name, part in parts.items():
         parser.add_class_arguments(part, name)
-    STaSCCLI.add_run_arguments(parser)
+    run_options = parser.add_argument_group("The run")
+    STaSCCLI.add_run_arguments(run_options)
+    run_options.add_argument("--seed_everything", type=int, default=SEED, help="What all draws follow from.")
     return parser.format_help()
 
 
@@ -372,7 +377,7 @@ def run() -> None:
             CorrectionSFT,
             TrajectoryDataModule,
             save_config_callback=None,  # Run.claim does it, before anything else is written
-            seed_everything_default=42,
+            seed_everything_default=SEED,
             trainer_defaults={
                 "num_sanity_val_steps": 0,
                 "reload_dataloaders_every_n_epochs": 1,  # every epoch has the batches of its own iteration
