@@ -5,6 +5,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from conftest import tiny_model
+from cpu_fsdp import CPUFSDPStrategy
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from transformers import Phi3Config, PreTrainedConfig, Qwen2Config
@@ -109,10 +110,14 @@ def model(tmp_path_factory):
     return tiny_model(tmp_path_factory.mktemp("model") / "m")
 
 
-@pytest.mark.parametrize("lora", [None, LoRA(r=2)], ids=["all", "lora"])
-def test_training_holds_the_bytes_of_its_own_parameters(model, lora):
+@pytest.mark.parametrize(
+    ("lora", "strategy", "shards"),
+    [(None, DDPStrategy, 1), (LoRA(r=2), DDPStrategy, 1), (None, CPUFSDPStrategy, 2)],
+    ids=["ddp", "lora", "fsdp"],
+)
+def test_training_holds_the_bytes_of_its_own_parameters(model, lora, strategy, shards):
     module = CorrectionSFT(str(model), lora=lora)
-    trainer = Trainer(accelerator="cpu", devices=2, strategy=DDPStrategy(), logger=False, barebones=True)
+    trainer = Trainer(accelerator="cpu", devices=2, strategy=strategy(), barebones=True)
     trainer.strategy.connect(module)
     module.trainer = trainer
     told = module.training_bytes()
@@ -125,7 +130,7 @@ def test_training_holds_the_bytes_of_its_own_parameters(model, lora):
     adam.step()
     moments = [state[name] for state in adam.state.values() for name in ("exp_avg", "exp_avg_sq")]
     gradients = [weight.grad for weight in weights if weight.grad is not None]
-    assert told == sum(tensor.nbytes for tensor in (*weights, *moments, *gradients))
+    assert told == sum(tensor.nbytes for tensor in (*weights, *moments, *gradients)) // shards
 
 
 def test_processes_share_the_memory_of_a_machine():
