@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 
 from callbacks.curves import Curves
 from data import TrajectoryDataModule
@@ -59,7 +59,9 @@ class Evaluation(Callback):
             empty = [str(n) for n, metrics in enumerate(iterations) if n and not metrics["dataset"]["size"]]
             if empty:
                 print(f"Nothing was learnt in iteration {', '.join(empty)}: D_n was empty, see above.")
-            print(f"\ncurves  tensorboard --logdir '{experiment.run.tensorboard}'")
+            print()
+            for logger in trainer.loggers:
+                print(f"curves  {whereabouts(logger)}")
             if last:
                 print(f"models  {files[1].model} to {files[-1].model}")
 
@@ -102,6 +104,19 @@ def hyperparameters(data: TrajectoryDataModule, module: CorrectionSFT) -> dict[s
         "batch_size": data.batches.size,
         "temperature": data.sampling.temperature,
     }
+
+
+def whereabouts(logger: Logger) -> str:
+    """Where a logger's curves are, or the command that shows them."""
+    if isinstance(logger, Curves | TensorBoardLogger):
+        return f"tensorboard --logdir '{logger.root_dir or logger.save_dir}'"
+    if isinstance(logger, CSVLogger):
+        return ", ".join(map(str, sorted(Path(logger.root_dir).rglob("metrics.csv"))))  # one of each start
+    if isinstance(logger, WandbLogger):
+        run = logger.experiment
+        return f"wandb sync '{Path(run.dir).parent}'" if run.offline else run.url
+    place = logger.log_dir or logger.save_dir
+    return type(logger).__name__ + (f", {place}" if place else "")
 
 
 def curves(iterations: Sequence[dict[str, Any]]) -> dict[str, float]:

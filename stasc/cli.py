@@ -8,7 +8,9 @@ import re
 import sys
 import warnings
 from functools import partial
+from inspect import signature
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -103,6 +105,9 @@ class STaSCCLI(LightningCLI):
         )
         parser.add_subclass_arguments(Algorithm, "algorithm", default=_class_path(STaSC))
         parser.add_subclass_arguments(Sampler, "sampler", default=_class_path(VLLMSampler))
+        parser.link_arguments(
+            ("run_dir", "trainer.logger"), "trainer.logger.init_args.save_dir", _loggers_folder
+        )
 
     def before_instantiate_classes(self) -> None:
         """Check the trainer's options; make M_0 if it is one that is made here."""
@@ -127,6 +132,9 @@ class STaSCCLI(LightningCLI):
         dumped = self.parser.dump(self.config, skip_unset=False)
         self.saved_config = yaml.safe_load(dumped)[self.subcommand]
         self.saved_config.pop("config", None)
+        for logger in _loggers(config.trainer.logger):
+            if logger.class_path.endswith(".WandbLogger"):
+                logger.init_args.version = logger.init_args.version or Run(config.run_dir).wandb_id()
         if make := MADE_HERE.get(config.model.base):
             config.model.base = str(make())
 
@@ -137,6 +145,11 @@ class STaSCCLI(LightningCLI):
         except ValueError as error:
             if isinstance(error.__cause__, UserError):
                 raise error.__cause__ from None
+            if lacks := re.search(r"class_path '([\w.]+)':\s+Requirement '([^']+)' not met", str(error)):
+                raise UserError(
+                    f"{lacks[1]} needs a package that is not installed: pip install '{lacks[2]}', or choose "
+                    "another --trainer.logger."
+                ) from None
             raise
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -147,7 +160,7 @@ class STaSCCLI(LightningCLI):
         if self.subcommand != "fit":
             kwargs["logger"] = False
         elif config.trainer.logger in (None, True):
-            kwargs["logger"] = Curves(run.tensorboard)
+            kwargs["logger"] = Curves(config.run_dir)
         # At the end of an epoch only: a checkpoint in its midst would skip an iteration on resume.
         checkpoint = ModelCheckpoint(
             run.checkpoints,
@@ -278,11 +291,18 @@ def run() -> None:
         sentence = " ".join(str(mistake).split())
         options = {argument.partition("=")[0] for argument in sys.argv}
         if isinstance(mistake, ArgumentError):
-            sentence = _renamed(sentence) or _not_ours(sentence) or sentence
+            sentence = _own(mistake) or _renamed(sentence) or _not_ours(sentence) or sentence
             if not options & {"-c", "--config"}:
                 sentence += " (no --config FILE was given)"
         print(f"stasc: {sentence}", file=sys.stderr)
         sys.exit(2)
+
+
+def _own(refusal: BaseException | None) -> str | None:
+    """The sentence of ours that jsonargparse has put into its own; None if there is none."""
+    while refusal and not isinstance(refusal, UserError):
+        refusal = refusal.__cause__
+    return refusal and str(refusal)
 
 
 def _renamed(refusal: str) -> str | None:
@@ -313,6 +333,25 @@ def _not_ours(refusal: str) -> str | None:
                 "give it another name, also in the class path."
             )
     return None
+
+
+def _loggers(option: Any) -> list[Namespace]:
+    """The class paths and arguments of ``trainer.logger``, which may be one, several, a bool or None."""
+    several = option if isinstance(option, list) else [option]
+    return [logger for logger in several if isinstance(logger, Namespace)]
+
+
+def _loggers_folder(run_dir: str, option: Any) -> str:
+    """Where the loggers of ``trainer.logger`` write: the run folder, and no other place."""
+    for logger in _loggers(option):
+        own = signature(resolve_name(logger.class_path)).parameters.get("save_dir")
+        given = logger.init_args.get("save_dir")
+        if own and given not in (None, own.default, run_dir):
+            raise UserError(
+                f"trainer.logger has save_dir {given}: loggers write to the run folder, so leave it out and "
+                "set --run_dir."
+            )
+    return run_dir
 
 
 def _class_path(cls: type) -> dict[str, str]:

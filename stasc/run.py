@@ -125,13 +125,17 @@ class Run:
         self.system = self.folder / "system.json"
         self.checkpoints = self.folder / "checkpoints"
         self.last_checkpoint = self.checkpoints / "last.ckpt"
-        self.tensorboard = self.folder / "tensorboard"
         self.draws = self.folder / "draws"
         """Draws of the stage under way, and all draws of M_0."""
 
     def iteration(self, n: int) -> Iteration:
         """The files of iteration ``n``."""
         return Iteration(self.folder, n)
+
+    def wandb_id(self) -> str | None:
+        """The id of its last run in Weights & Biases, which a resume goes on with; None if it has none."""
+        names = sorted(path.name for path in self.folder.glob("wandb/*run-*-*"))  # they begin with the time
+        return names[-1].rpartition("-")[2] if names else None
 
     def read_system(self) -> SystemRecord:
         """The content of ``system.json``.
