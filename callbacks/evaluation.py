@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 
 from callbacks.curves import Curves
 from data import TrajectoryDataModule
@@ -68,7 +68,8 @@ class Evaluation(Callback):
             if empty:
                 say(f"Nothing was learnt in iteration {', '.join(empty)}: D_n was empty, see above.")
             say(f"\nreport  stasc report '{experiment.run.folder}' --out report")
-            say(f"curves  tensorboard --logdir '{experiment.run.tensorboard}'")
+            for logger in trainer.loggers:
+                say(f"curves  {whereabouts(logger)}")
             if last:
                 say(f"models  {files[1].model} to {files[-1].model}")
 
@@ -127,6 +128,19 @@ def hyperparameters(data: TrajectoryDataModule, module: CorrectionSFT) -> dict[s
         "batch_size": data.batches.size,
         "temperature": data.sampling.temperature,
     }
+
+
+def whereabouts(logger: Logger) -> str:
+    """Where a logger's curves are, or the command that shows them."""
+    if isinstance(logger, Curves | TensorBoardLogger):
+        return f"tensorboard --logdir '{logger.root_dir or logger.save_dir}'"
+    if isinstance(logger, CSVLogger):
+        return ", ".join(map(str, sorted(Path(logger.root_dir).rglob("metrics.csv"))))  # one of each start
+    if isinstance(logger, WandbLogger):
+        run = logger.experiment
+        return f"wandb sync '{Path(run.dir).parent}'" if run.offline else run.url
+    place = logger.log_dir or logger.save_dir
+    return type(logger).__name__ + (f", {place}" if place else "")
 
 
 def curves(iterations: Sequence[dict[str, Any]]) -> dict[str, float]:

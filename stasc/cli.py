@@ -5,12 +5,15 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import sys
 import traceback
 import warnings
 import zipfile
 from functools import partial
+from inspect import signature
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, NoReturn
 
 import yaml
@@ -108,6 +111,9 @@ class STaSCCLI(LightningCLI):
         self.add_run_arguments(parser)
         parser.add_subclass_arguments(Algorithm, "algorithm", default=_class_path(STaSC))
         parser.add_subclass_arguments(Sampler, "sampler", default=_class_path(VLLMSampler))
+        parser.link_arguments(
+            ("run_dir", "trainer.logger"), "trainer.logger.init_args.save_dir", _loggers_folder
+        )
 
     @staticmethod
     def add_run_arguments(parser: ArgumentParser) -> None:
@@ -155,6 +161,9 @@ class STaSCCLI(LightningCLI):
         self.saved_config.pop("config", None)
         for option, value in flatten(self.saved_config).items():
             check_value(option, value)
+        for logger in _loggers(config.trainer.logger):
+            if logger.class_path.endswith(".WandbLogger"):
+                logger.init_args.version = logger.init_args.version or Run(config.run_dir).wandb_id()
         if make := MADE_HERE.get(config.model.base):
             config.model.base = str(make())
 
@@ -165,6 +174,11 @@ class STaSCCLI(LightningCLI):
         except ValueError as error:
             if isinstance(error.__cause__, UserError):
                 raise error.__cause__ from None
+            if lacks := re.search(r"class_path '([\w.]+)':\s+Requirement '([^']+)' not met", str(error)):
+                raise UserError(
+                    f"{lacks[1]} needs a package that is not installed: pip install '{lacks[2]}', or choose "
+                    "another --trainer.logger."
+                ) from None
             if "class_path" not in str(error) or blame(error):
                 raise
             raise UserError(plain_words(error, sys.argv)) from error
@@ -177,7 +191,7 @@ class STaSCCLI(LightningCLI):
         if self.subcommand != "fit":
             kwargs["logger"] = False
         elif config.trainer.logger in (None, True):
-            kwargs["logger"] = Curves(run.tensorboard)
+            kwargs["logger"] = Curves(config.run_dir)
         # At the end of an epoch only: a checkpoint in its midst would skip an iteration on resume.
         checkpoint = ModelCheckpoint(
             run.checkpoints,
@@ -400,7 +414,7 @@ def run() -> None:
     except (UserError, ArgumentError, MisconfigurationException) as mistake:
         sentence = " ".join(str(mistake).split())
         if isinstance(mistake, ArgumentError):
-            sentence = plain_words(mistake, sys.argv)
+            sentence = _own(mistake) or plain_words(mistake, sys.argv)
         _end(sentence)
     except Exception as error:
         sentence = blame(error) or _refused_by_the_disk(error)
@@ -414,6 +428,13 @@ def _end(sentence: str) -> NoReturn:
     sys.exit(2)
 
 
+def _own(refusal: BaseException | None) -> str | None:
+    """The sentence of ours that jsonargparse has put into its own; None if there is none."""
+    while refusal and not isinstance(refusal, UserError):
+        refusal = refusal.__cause__
+    return refusal and str(refusal)
+
+
 def _refused_by_the_disk(error: BaseException) -> str | None:
     """A sentence for a file or folder that cannot be written or read; None for other errors."""
     if not isinstance(error, OSError) or error.errno not in _DISK_ERRORS:
@@ -423,6 +444,25 @@ def _refused_by_the_disk(error: BaseException) -> str | None:
         f"{what} cannot be written or read ({error.strerror}): see to that, or choose another --run_dir; "
         "what is finished is kept, and the same command goes on."
     )
+
+
+def _loggers(option: Any) -> list[Namespace]:
+    """The class paths and arguments of ``trainer.logger``, which may be one, several, a bool or None."""
+    several = option if isinstance(option, list) else [option]
+    return [logger for logger in several if isinstance(logger, Namespace)]
+
+
+def _loggers_folder(run_dir: str, option: Any) -> str:
+    """Where the loggers of ``trainer.logger`` write: the run folder, and no other place."""
+    for logger in _loggers(option):
+        own = signature(resolve_name(logger.class_path)).parameters.get("save_dir")
+        given = logger.init_args.get("save_dir")
+        if own and given not in (None, own.default, run_dir):
+            raise UserError(
+                f"trainer.logger has save_dir {given}: loggers write to the run folder, so leave it out and "
+                "set --run_dir."
+            )
+    return run_dir
 
 
 def _class_path(cls: type) -> dict[str, str]:

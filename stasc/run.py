@@ -138,7 +138,6 @@ class Run:
         """Each start of the program: when, which versions, on what, with which model and questions."""
         self.checkpoints = self.folder / "checkpoints"
         self.last_checkpoint = self.checkpoints / "last.ckpt"
-        self.tensorboard = self.folder / "tensorboard"
         self.draws = self.folder / "draws"
         """Draws of the stage under way, and all draws of M_0."""
         self._lock: IO[str] | None = None
@@ -146,6 +145,11 @@ class Run:
     def iteration(self, n: int) -> Iteration:
         """The files of iteration ``n``."""
         return Iteration(self.folder, n)
+
+    def wandb_id(self) -> str | None:
+        """The id of its last run in Weights & Biases, which a resume goes on with; None if it has none."""
+        names = sorted(path.name for path in self.folder.glob("wandb/*run-*-*"))  # they begin with the time
+        return names[-1].rpartition("-")[2] if names else None
 
     def read_system(self) -> SystemRecord:
         """The content of ``system.json``.

@@ -17,6 +17,9 @@ from scipy.special import stdtrit
 RESAMPLES = 20_000
 """Random sign flips of a test, and resamples of a bootstrap."""
 
+FEWEST_SEEDS = 3
+"""With two seeds a t interval goes 12.7 standard errors to each side, and says next to nothing."""
+
 FEWEST_RUNS = 4
 """With fewer runs a bootstrap over runs says nothing."""
 
@@ -24,7 +27,7 @@ _TIE = 1e-9  # Sums of the same rewards in another order are the same.
 
 
 class Estimate(NamedTuple):
-    """A mean over seeds with its 95 % interval, which one seed does not have; None where it is unknown."""
+    """A mean over seeds with its 95 % interval, which takes three of them; None where it is unknown."""
 
     mean: float | None
     low: float | None = None
@@ -36,7 +39,7 @@ def over_seeds(values: Sequence[float | None]) -> Estimate:
     if None in values:
         return Estimate(None)
     mean, n = fmean(values), len(values)
-    if n == 1:
+    if n < FEWEST_SEEDS:
         return Estimate(mean)
     half = float(stdtrit(n - 1, 0.975)) * stdev(values) / math.sqrt(n)
     return Estimate(mean, mean - half, mean + half)

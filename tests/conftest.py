@@ -218,7 +218,7 @@ def contents(run: Path) -> dict[str, str]:
 def events(run: Path) -> EventAccumulator:
     """All that TensorBoard knows, repetitions included."""
     accumulator = EventAccumulator(
-        str(run / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0}, purge_orphaned_data=False
+        str(run), size_guidance={"scalars": 0, "tensors": 0}, purge_orphaned_data=False
     )
     return accumulator.Reload()
 

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, contents, demo_fit, stasc_environment
 from tensorboard.plugins.hparams.api_pb2 import STATUS_SUCCESS
-from test_curves import hparams_table
+from test_curves import hparams_page
 
+from callbacks.curves import tag
 from stasc.errors import UserError
 from stasc.run import Run, SystemRecord, write_json
 
@@ -102,15 +103,15 @@ def test_finished_runs_are_skipped(variants, script):
 
 @pytest.mark.slow
 def test_tensorboard_compares_the_runs(variants):
-    _, rows = hparams_table(variants)
-    assert set(rows) == {"FIE/seed-7/tensorboard", "ENF/seed-7/tensorboard"}
+    differing, _, rows = hparams_page(variants)
+    assert differing == ["system"]
+    assert set(rows) == {"FIE/seed-7", "ENF/seed-7"}
     for name, row in rows.items():
-        run = variants / name.removesuffix("/tensorboard")
-        by_iteration = [metrics(run, n) for n in range(3)]
+        by_iteration = [metrics(variants / name, n) for n in range(3)]
         expected = {"system": name[:3], "seed": 7, "n_init": 2, "n_corr": 2, "learning_rate": 2.5e-4}
         for turn in ("r1", "r2"):
-            expected[f"test/{turn}"] = (2, pytest.approx(by_iteration[2][turn]))
-            expected[f"best/{turn}"] = (2, pytest.approx(max(m[turn] for m in by_iteration)))
+            expected[tag(f"test/{turn}")] = (2, pytest.approx(by_iteration[2][turn]))
+            expected[tag(f"best/{turn}")] = (2, pytest.approx(max(m[turn] for m in by_iteration)))
         assert row["status"] == STATUS_SUCCESS
         assert {key: row[key] for key in expected} == expected
         assert row["model"].partition("-")[0].endswith("/demo")
@@ -266,7 +267,7 @@ def test_the_grid_and_the_baselines(script, variants, tmp_path):
 
     baselines = script("baselines", *OPTIONS, "--out", tmp_path / "baselines", "--algorithm.iterations", 1)
     assert baselines.returncode == 0, baselines.stdout
-    _, rows = hparams_table(tmp_path / "baselines")
+    *_, rows = hparams_page(tmp_path / "baselines")
     assert {row["system"] for row in rows.values()} == {"STaR", "SelfRefine", "Reflexion"}
     assert "M_0 on test: initial" in log(tmp_path / "baselines/STaR/seed-7")
     for system in ("SelfRefine", "Reflexion"):

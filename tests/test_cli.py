@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,11 @@ def jsonl(path, *rows: object):
         ("reuse", "./nowhere", "reuse is nowhere, which is not a folder: name a run, or a folder of runs"),
         ("seed_everything", "false", "seed_everything is False: it must be a number"),
         ("trainer.devices", 999, "trainer.devices is 999 and this machine has"),
+        (
+            "trainer.logger",
+            "{class_path: CSVLogger, init_args: {save_dir: x}}",
+            "trainer.logger has save_dir x: ",
+        ),
         ("trainer.precision", "bf16-true", "trainer.precision is bf16-true, which rounds small updates away"),
         ("trainer.strategy", "no_such", "trainer.strategy is 'no_such': it must be one of auto, ddp"),
         ("trainer.reload_dataloaders_every_n_epochs", 0, "trainer.reload_dataloaders_every_n_epochs"),
@@ -151,6 +157,14 @@ def jsonl(path, *rows: object):
 )
 def test_a_wrong_option_is_named(refused, option, value, sentence):
     assert sentence in refused(f"--{option}", value)
+
+
+@pytest.mark.skipif(find_spec("wandb") is not None, reason="the Python package wandb is installed")
+def test_a_logger_whose_package_is_missing_is_named(refused):
+    wandb = "lightning.pytorch.loggers.WandbLogger"
+    sentence = f"{wandb} needs a package that is not installed: pip install 'wandb>="
+    assert sentence in refused("--trainer.logger", wandb)
+    assert sentence in refused("--trainer.logger", f"[callbacks.Curves, {wandb}]")
 
 
 @pytest.mark.parametrize(

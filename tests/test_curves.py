@@ -1,7 +1,7 @@
 """TensorBoard: every point is in its files once, whatever was killed, and ablations can be compared in it."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from conftest import curves
@@ -12,15 +12,16 @@ from tensorboard.plugins.base_plugin import TBContext
 from tensorboard.plugins.hparams import api_pb2, backend_context, get_experiment, list_session_groups
 
 from callbacks import Curves
+from callbacks.curves import tag
 from callbacks.evaluation import curves as points
 
 HYPERPARAMETERS = {"system": "EIF", "seed": 1, "learning_rate": 1e-3}
 
 
-def train(run: Path, epochs: range, killed: bool = False) -> None:
+def train(run: Path, epochs: range, killed: bool = False, system: str = "EIF") -> None:
     """Log what training logs: two steps in each epoch, and the model before the epoch as its step."""
-    logger = Curves(run / "tensorboard")
-    logger.log_hyperparams(HYPERPARAMETERS)
+    logger = Curves(run)
+    logger.log_hyperparams(HYPERPARAMETERS | {"system": system})
     for epoch in epochs:
         logger.begin(epoch)
         logger.log_metrics({"test/r1": epoch / 10}, step=epoch)
@@ -32,8 +33,19 @@ def train(run: Path, epochs: range, killed: bool = False) -> None:
         logger.finalize("success")
 
 
-def hparams_table(place: Path) -> tuple[list[str], dict[str, dict[str, Any]]]:
-    """The metrics that TensorBoard's table of hyper-parameters names, and its rows by the run's name."""
+class HParams(NamedTuple):
+    """TensorBoard's page HPARAMS: what it ticks, and its rows by the run's name.
+
+    It ticks five columns of each kind at first: hyper-parameters that differ between runs before others.
+    """
+
+    differing: list[str]
+    metrics: list[str]
+    rows: dict[str, dict[str, Any]]
+
+
+def hparams_page(place: Path) -> HParams:
+    """What TensorBoard, started for a folder, has on its page HPARAMS."""
     multiplexer = EventMultiplexer().AddRunsFromDirectory(str(place)).Reload()
     context = TBContext(data_provider=MultiplexerDataProvider(multiplexer, str(place)), logdir=str(place))
     backend = backend_context.Context(context)
@@ -58,7 +70,8 @@ def hparams_table(place: Path) -> tuple[list[str], dict[str, dict[str, Any]]]:
         for group in groups
         for session in group.sessions
     }
-    return [info.name.tag for info in experiment.metric_infos], rows
+    differing = [info.name for info in experiment.hparam_infos if info.differs]
+    return HParams(differing, [info.name.tag for info in experiment.metric_infos][:5], rows)
 
 
 @pytest.mark.parametrize("epoch", range(3))
@@ -67,35 +80,60 @@ def test_an_epoch_that_is_trained_again_is_logged_once(tmp_path, epoch):
     train(tmp_path / "killed", range(epoch + 1), killed=True)
     train(tmp_path / "killed", range(epoch, 3))
     expected = curves(tmp_path / "whole")
-    assert [step for step, _ in expected["step/loss"]] == list(range(6))
+    assert [step for step, _ in expected[tag("step/loss")]] == list(range(6))
     assert curves(tmp_path / "killed") == expected
 
 
 def test_what_every_start_logs_before_its_first_epoch_is_there_once(tmp_path):
     for epoch in (0, 1):
-        logger = Curves(tmp_path / "tensorboard")
+        logger = Curves(tmp_path)
         logger.log_metrics({"users/own": epoch}, step=0)
         logger.begin(epoch)
         logger.log_metrics({"users/own": 2.0 + epoch}, step=1 + epoch)
         logger.finalize("failed")
     assert sorted(curves(tmp_path)["users/own"]) == [(0, 1.0), (1, 2.0), (2, 3.0)]
-    assert len(list((tmp_path / "tensorboard").iterdir())) == 3
 
 
-def test_the_table_of_hyperparameters_has_a_row_for_each_run(tmp_path):
-    train(tmp_path / "EIF", range(2))
-    train(tmp_path / "FIE", range(1), killed=True)
-    metrics, rows = hparams_table(tmp_path)
-    assert metrics == ["test/r1", "test/r2", "best/r1", "best/r2"]
-    assert rows == {
-        "EIF/tensorboard": {
+def test_a_kill_in_the_midst_of_a_write_spoils_nothing(tmp_path):
+    train(tmp_path / "whole", range(3))
+    train(tmp_path / "killed", range(2), killed=True)
+    (file,) = (path for path in (tmp_path / "killed").iterdir() if path.suffix != ".start")
+    file.write_bytes(file.read_bytes()[:-7])
+    train(tmp_path / "killed", range(1, 3))
+    assert curves(tmp_path / "killed") == curves(tmp_path / "whole")
+
+
+def test_hparams_ticks_what_differs_and_the_rewards(tmp_path):
+    train(tmp_path / "runs/EIF", range(2))
+    train(tmp_path / "runs/FIE", range(1), killed=True, system="FIE")
+    page = hparams_page(tmp_path / "runs")
+    assert page.differing == ["system"]
+    assert page.metrics[0] == "1 test/1 reward of initial answers, r(Y1)"
+    assert page.rows == {
+        "EIF": {
             **HYPERPARAMETERS,
             "status": api_pb2.STATUS_SUCCESS,
-            "test/r1": (1, pytest.approx(0.1)),
+            tag("test/r1"): (1, pytest.approx(0.1)),
+            tag("step/loss"): (3, pytest.approx(1 / 4)),
         },
-        "FIE/tensorboard": {**HYPERPARAMETERS, "status": api_pb2.STATUS_UNKNOWN, "test/r1": (0, 0.0)},
+        "FIE": {
+            **HYPERPARAMETERS,
+            "system": "FIE",
+            "status": api_pb2.STATUS_UNKNOWN,
+            tag("test/r1"): (0, 0.0),
+            tag("step/loss"): (1, pytest.approx(1 / 2)),
+        },
     }
-    assert set(curves(tmp_path / "EIF")) == {"test/r1", "step/loss"}, "the table adds no curve"
+
+
+def test_the_test_questions_come_first_and_a_users_own_curve_keeps_its_name():
+    names = ["step/loss", "train/r1", "validation/r2", "test/edited", "best/r2", "best/r1", "test/delta"]
+    tags = [tag(name) for name in [*names, "test/r2", "test/r1"]]
+    assert len(set(tags)) == len(tags)
+    first = ["test/r1", "test/r2", "test/delta", "best/r1", "best/r2"]
+    assert sorted(tags)[:5] == [tag(name) for name in first]
+    assert tag("mine/r1") == "mine/r1"
+    assert tag("epoch") == "epoch"
 
 
 def test_the_best_rewards_are_those_up_to_here():

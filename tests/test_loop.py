@@ -16,6 +16,7 @@ from conftest import ROOT, contents, curves, demo_fit, events, stasc_environment
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig
 
+from callbacks.curves import tag
 from stasc.algorithm import VARIANTS
 from stasc.trajectory import Question, Records, Trajectory
 
@@ -93,7 +94,7 @@ def test_the_quickstart_learns_and_says_so(quickstart):
         rewards = [f"{test['r1']:.3f}", f"{test['r2']:.3f}"]
         assert row == [str(n), *rewards, *delta, size, *counts, *changes]
     assert f"M_5: corrections are not better than first answers: {test['delta']:+.3f}, p = " in output
-    assert f"tensorboard --logdir '{quickstart.run}/tensorboard'" in output
+    assert f"tensorboard --logdir '{quickstart.run}'" in output
     assert f"stasc report '{quickstart.run}' --out report" in output
     best = max(range(6), key=lambda n: quickstart.metrics(n)["test"]["r2"])
     assert f"maximum on test      M_{best}, test r(Y2) {quickstart.metrics(best)['test']['r2']:.3f}" in output
@@ -127,7 +128,7 @@ def test_every_iteration_leaves_its_files(quickstart):
     assert {path.name for path in quickstart.folder(0).iterdir()} == EVALUATION | {"probe.json"}
     for n in TRAINED:
         assert {path.name for path in quickstart.folder(n).iterdir()} == EVALUATION | STEPS
-    assert {path.name for path in quickstart.run.iterdir()} >= {"config.yaml", "checkpoints", "tensorboard"}
+    assert {path.name for path in quickstart.run.iterdir()} >= {"config.yaml", "checkpoints"}
 
 
 @pytest.mark.parametrize("n", TRAINED)
@@ -218,8 +219,11 @@ def assert_curves_are_the_metrics(done: Quickstart) -> None:
         steps = range(6) if group == "test" else TRAINED
         for name in names:
             values = [done.metrics(n)[group][name] for n in steps]
-            assert [step for step, _ in found[f"{group}/{name}"]] == list(steps), (group, name)
-            assert [value for _, value in found[f"{group}/{name}"]] == pytest.approx(values), (group, name)
+            assert [step for step, _ in found[tag(f"{group}/{name}")]] == list(steps), (group, name)
+            assert [value for _, value in found[tag(f"{group}/{name}")]] == pytest.approx(values), (
+                group,
+                name,
+            )
 
 
 # ---------------------------------------------------------------- validation
@@ -242,8 +246,8 @@ def test_validation_questions_choose_and_the_test_set_is_seen_seldom(stasc, tmp_
     reward = f"{metrics[best]['test']['r2']:.3f}"
     assert re.search(rf"best on validation +M_{best}, test r\(Y2\) {reward}\n", process.stdout)
     assert f"M_{best}: corrections are" in process.stdout
-    assert [n for n, _ in curves(run)["validation/r2"]] == [0, 1, 2, 3]
-    assert [n for n, _ in curves(run)["test/r2"]] == [0, 2, 3]
+    assert [n for n, _ in curves(run)[tag("validation/r2")]] == [0, 1, 2, 3]
+    assert [n for n, _ in curves(run)[tag("test/r2")]] == [0, 2, 3]
     for n in range(1, 4):
         card = (done.folder(n) / "model/README.md").read_text()
         assert ("| test | M_" in card) == ("test" in metrics[n])

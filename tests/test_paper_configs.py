@@ -19,6 +19,7 @@ from conftest import ROOT, curves, tiny_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from callbacks.curves import tag
 from stasc.prompting import Dialogue, Message, Prompts
 from stasc.training.batches import TokenizedExample, pack
 from stasc.training.loss import NegativeLogLikelihood
@@ -180,9 +181,9 @@ def test_the_configuration_runs_end_to_end(stasc, questions, tmp_path, name):
             check_rollout(folder, n_init)
             check_model(folder / "model", m0)
     found = curves(run)
-    assert [step for step, _ in found["test/r2"]] == [0, 1, 2]
-    assert [step for step, _ in found["dataset/size"]] == [1, 2]
-    assert all(math.isfinite(loss) for _, loss in found["step/loss"])
+    assert [step for step, _ in found[tag("test/r2")]] == [0, 1, 2]
+    assert [step for step, _ in found[tag("dataset/size")]] == [1, 2]
+    assert all(math.isfinite(loss) for _, loss in found[tag("step/loss")])
 
 
 def test_the_configuration_runs_as_it_was_released(stasc, questions, tmp_path):

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, contents, curves, demo_fit, events, stasc_environment
 
+from callbacks.curves import tag
 from stasc.run import Run
 
 pytestmark = pytest.mark.slow
@@ -43,11 +44,11 @@ def with_vllm(stasc, tmp_path_factory) -> Path:
 def assert_same(run: Path, reference: Path) -> None:
     assert contents(run) == contents(reference)
     points, expected = curves(run), curves(reference)
-    assert [n for n, _ in points["test/r1"]] == list(range(ITERATIONS + 1))
-    assert [n for n, _ in points["train/r1"]] == list(range(1, ITERATIONS + 1))
+    assert [n for n, _ in points[tag("test/r1")]] == list(range(ITERATIONS + 1))
+    assert [n for n, _ in points[tag("train/r1")]] == list(range(1, ITERATIONS + 1))
     trained = [json.loads(path.read_text())["training"] for path in run.glob("iteration-*/training.json")]
     steps = sum(training["steps"] for training in trained)
-    assert [step for step, _ in points["step/loss"]] == list(range(steps))
+    assert [step for step, _ in points[tag("step/loss")]] == list(range(steps))
     assert points == expected, "every point is in the event files once"
     shown, tables = (events(folder).Tensors("test/trajectories/text_summary") for folder in (run, reference))
     assert [table.step for table in shown] == list(range(ITERATIONS + 1))

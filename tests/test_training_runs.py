@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from test_training import Tensors, distance, moved, recorded, step_loss
 from transformers import AutoModelForCausalLM
 
+from callbacks.curves import tag
 from data import demo
 from stasc.model_folder import ModelFolder
 from stasc.prompting import Dialogue
@@ -120,8 +121,8 @@ def test_every_iteration_has_the_whole_schedule(evolving, fixed):
             steps = len(steps_of(run, n))
             expected += [2.5e-4 * CosineWithWarmup(steps, 0.03)(step) for step in range(steps)]
         found = curves(run)
-        assert [rate for _, rate in found["step/learning_rate"]] == pytest.approx(expected)
-        losses = [loss for _, loss in found["step/loss"]]
+        assert [rate for _, rate in found[tag("step/learning_rate")]] == pytest.approx(expected)
+        losses = [loss for _, loss in found[tag("step/loss")]]
         assert len(losses) == len(expected)
         assert all(map(math.isfinite, losses))
 

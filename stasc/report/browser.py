@@ -29,9 +29,9 @@ class Stratum(NamedTuple):
 def embed(systems: Sequence[System], at_most: int) -> dict[str, Any]:
     """What the page needs, as JSON: ``at_most`` trajectories of each stratum, and how many there are.
 
-    They are drawn by question and numbers of the draws alone, so that a question that is shown for one
-    iteration tends to be shown for the others too. A text is a list of pieces, of which every second one is
-    a reference.
+    First draws come first, in an order that follows from the question alone. So the first ``at_most``
+    questions of a split are shown in every iteration of every run, whatever became of them. A text is a list
+    of pieces, of which every second one is a reference.
     """
     questions: dict[Any, int] = {}
     strata, shown = [], []
@@ -70,15 +70,15 @@ def sampled(trajectories: dict[str, Any], at_most: int) -> str:
         return f"All {total:,} trajectories of these runs are on this page."
     return (
         f"{shown:,} of the {total:,} trajectories of these runs are on this page: at most {at_most} for "
-        "each run, iteration, split and transition, drawn with a fixed seed by question, so that a "
-        "question can be followed over iterations."
+        f"each run, iteration, split and transition. {at_most} questions of each split, drawn with a fixed "
+        "seed, are there with a first draw for every iteration of every run, to be followed."
     )
 
 
 def _sample(index: int, run: RunResult, at_most: int) -> dict[Stratum, tuple[int, list[Trajectory]]]:
     """For each stratum of a run, its size and the trajectories that are shown of it."""
     counts: Counter[Stratum] = Counter()
-    kept: dict[Stratum, list[tuple[bytes, int, Trajectory]]] = defaultdict(list)
+    kept: dict[Stratum, list[tuple[Sequence[int], bytes, int, Trajectory]]] = defaultdict(list)
     for n in range(run.last + 1):
         for split, turn, path in _files(run, n):
             for number, trajectory in enumerate(trajectories(path)):
@@ -86,9 +86,8 @@ def _sample(index: int, run: RunResult, at_most: int) -> dict[Stratum, tuple[int
                 before, after = ("right" if r >= run.record.threshold else "wrong" for r in rewards)
                 stratum = Stratum(index, n, split, TRANSITIONS.index(f"{before}_to_{after}"))
                 counts[stratum] += 1
-                draw = " ".join(map(str, (trajectory.question.id, *trajectory.path)))
-                order = hashlib.sha256(draw.encode(errors="replace")).digest()
-                kept[stratum].append((order, number, trajectory))
+                order = hashlib.sha256(trajectory.question.id.encode(errors="replace")).digest()
+                kept[stratum].append((trajectory.path, order, number, trajectory))
                 if len(kept[stratum]) > 2 * at_most:  # the rest need not be held in memory
                     kept[stratum] = heapq.nsmallest(at_most, kept[stratum])
     return {

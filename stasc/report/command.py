@@ -19,7 +19,7 @@ from stasc.report.paper import read_paper
 from stasc.report.runs import read_runs
 from stasc.report.systems import System, group_runs, panels
 from stasc.report.table import Table, markdown
-from stasc.statistics import RESAMPLES, verdict
+from stasc.statistics import FEWEST_SEEDS, RESAMPLES, verdict
 
 PAGE = "index.html"
 
@@ -28,7 +28,8 @@ METHOD = (
     "were carried out. Tables 1 and 2 are about its finished runs; if none is finished, about what all of "
     "them have reached.",
     "Intervals over seeds are t intervals of the mean of one value per run. They say how far another seed "
-    "may be.",
+    f"may be. It takes {FEWEST_SEEDS} seeds: with two the interval would go 12.7 standard errors to each "
+    "side.",
     "Paired tests: for each test question, the mean of r(y2) over the samples and seeds that both sides "
     f"have, and its difference. p is two-sided and comes from {RESAMPLES:,} random flips of the signs of "
     "these differences, which for rewards of 0 and 1 and one seed is McNemar's test; the interval is a "

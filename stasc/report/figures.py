@@ -207,6 +207,7 @@ def _lines(
         for line in lines:
             _draw(axes, line)
         axes.set_ylim(*limits)
+        _tick_iterations(axes, max(line.curve.index[-1] for line in lines))
         _label_ends(axes, lines)
 
     def change(line: _Line) -> str:
@@ -261,7 +262,9 @@ def _transitions(name: str, system: System) -> Picture:
             axes.bar(shares.index, shares[key], bottom=below, color=color, width=0.8, label=labels[key])
             below += shares[key]
         axes.set_ylim(0, 1)
-        axes.set_xlim(-0.6, shares.index.max() + 0.6)
+        # A bar is as broad as one of five at most: M_0 alone would fill the picture.
+        axes.set_xlim(-0.6, max(shares.index.max(), 4) + 0.6)
+        _tick_iterations(axes, shares.index.max())
         _legend(axes, reverse=True, handlelength=0.9)
 
     final = "; ".join(f"{labels[key]} {shares[key].iloc[-1]:.2f}" for key in _TRANSITIONS)
@@ -285,6 +288,12 @@ def _draw(axes: Axes, line: _Line) -> None:
     )
     if curve["count"].max() > 1:
         axes.fill_between(curve.index, curve["min"], curve["max"], color=color, alpha=0.15, linewidth=0)
+
+
+def _tick_iterations(axes: Axes, last: int) -> None:
+    """Put a tick at each of a few iterations; matplotlib would put some between them or beside them."""
+    if last < 5:
+        axes.set_xticks(range(last + 1))
 
 
 def _hue(system: System) -> str:

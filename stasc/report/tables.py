@@ -20,6 +20,7 @@ from stasc.report.table import UNKNOWN, Column, Row, Table, interval, number, to
 from stasc.run import Run
 from stasc.statistics import (
     FEWEST_RUNS,
+    FEWEST_SEEDS,
     Paired,
     correlation,
     holm,
@@ -152,9 +153,10 @@ def _rewards_table(
         "and it is chosen on what it is measured on. ± is the population standard deviation over the "
         "iterations of a run, n the iteration. best by validation: the test reward of the iteration that is "
         "best on the validation questions. final: the last iteration. Δ: final r(Y2) less r(Y1) of the same "
-        "model, whether a second look helps. [ ]: 95 % intervals, over seeds (t) and, for differences, over "
-        "test questions (bootstrap); a single seed has none. Bold: best of its group. p: paired sign-flip "
-        "tests, of Δ and of r(y2) against M₀ of the same runs, over so many test questions (qu.)."
+        "model, whether a second look helps. [ ]: 95 % intervals, over seeds (t, from "
+        f"{FEWEST_SEEDS} seeds on) and, for differences, over test questions (bootstrap). Bold: best of its "
+        "group. p: paired sign-flip tests, of Δ and of r(y2) against M₀ of the same runs, over so many test "
+        "questions (qu.)."
     )
     frame = _with_holm(summary.loc[[system.name for system in systems]])
     detail = partial(_best_detail, name="chosen_r2")
@@ -291,9 +293,9 @@ def further_table(systems: Sequence[System]) -> Table:
         if len(record) > 1:
             records.append(record)
     note = (
-        "Of the final iteration, means over seeds with 95 % intervals. greedy: one answer at temperature "
-        "0; pass@k: whether one of k samples is right; majority: the answer that most samples give; r(Y3) "
-        "and on: further rounds of correction."
+        f"Of the final iteration: means over seeds, 95 % intervals from {FEWEST_SEEDS} seeds on. greedy: "
+        "one answer at temperature 0; pass@k: whether one of k samples is right; majority: the answer that "
+        "most samples give; r(Y3) and on: further rounds of correction."
     )
     frame = to_frame(records)
     names = sorted(name.removesuffix("_low") for name in frame if name.endswith("_low"))
