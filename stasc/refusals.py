@@ -70,7 +70,10 @@ def _plain(refusal: str, arguments: Sequence[str]) -> str:
     if wanted := re.findall(
         r"Expected an? (<class '[^']+'>|typing\.Literal\[[^]]*\]|dot import path)", refusal
     ):
-        given = re.findall(r"(?:(?:Given|Got) value|import path string): (.*)", refusal, re.DOTALL)
+        # Of a part of a value the message says what it got, and after that what the whole value is.
+        given = re.findall(r"Got value: (.*)", refusal) or re.findall(
+            r"(?:Given value|import path string): (.*)", refusal, re.DOTALL
+        )
         value = f" cannot be {_short(given[-1])}" if given else " has a wrong value"
         kinds = [*_kinds(wanted), *(["the path of a file"] if "Expected a path" in refusal else [])]
         return f"{where}{value}: it must be {' or '.join(kinds)}."

@@ -181,10 +181,16 @@ class Run:
         then it holds on each machine for itself.
 
         Raises:
-            UserError: Another process holds the lock, or the file system has no locks.
+            UserError: Another process holds the lock, the file system has no locks, or the folder cannot be
+                written to.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        file = (self.folder / "lock").open("a+", encoding="utf-8")
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"run_dir is {self.folder}, which is a file: name a folder.")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file = (self.folder / "lock").open("a+", encoding="utf-8")
+        except OSError as error:
+            raise self._unwritable(error) from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -221,9 +227,7 @@ class Run:
         Raises:
             UserError: The folder belongs to a run whose results follow from another configuration.
         """
-        if self.folder.exists() and not self.folder.is_dir():
-            raise UserError(f"run_dir is {self.folder}, which is a file: name a folder.")
-        for place in (self.checkpoints, self.tensorboard, self.draws):
+        for place in (self.checkpoints, self.draws):
             if place.exists() and not place.is_dir():
                 raise UserError(f"{place} is a file where a run has a folder: choose another --run_dir.")
         if self.config.is_file():
@@ -249,10 +253,12 @@ class Run:
             before = read_json(self.starts, "starts")["starts"] if self.starts.is_file() else []
             write_json(self.starts, {"starts": [*before, start]})
         except OSError as error:
-            raise UserError(
-                f"run_dir {self.folder} cannot be written to ({error.strerror}): see to that, or "
-                "choose another."
-            ) from error
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> UserError:
+        return UserError(
+            f"run_dir {self.folder} cannot be written to ({error.strerror}): see to that, or choose another."
+        )
 
     def read_config(self) -> dict[str, Any]:
         """The configuration of the run that is here.
