@@ -25,6 +25,14 @@ command -v "$python" >/dev/null || fail "there is no $python; install Python 3.1
 wanted="$build $(cat pyproject.toml setup.sh | cksum)"
 [ -x .venv/bin/python ] && [ "$(cat .venv/installed 2>/dev/null)" = "$wanted" ] && exit 0
 
+if [ "$build" = gpu ] && command -v nvidia-smi >/dev/null; then
+    # torch 2.13 and vLLM 0.32 bring CUDA 13, which older drivers cannot run.
+    driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1 || true)
+    if [[ "$driver" =~ ^([0-9]+)\. ]] && [ "${BASH_REMATCH[1]}" -lt 580 ]; then
+        fail "the NVIDIA driver is $driver, and CUDA 13 needs 580 or newer; update the driver, or run ./setup.sh cpu."
+    fi
+fi
+
 [ -x .venv/bin/python ] || "$python" -m venv .venv || fail "could not make .venv (on Debian: apt install python3-venv)."
 [ -x .venv/bin/uv ] || .venv/bin/python -m pip install --quiet uv 2>/dev/null ||
     fail "could not install uv into .venv; see: .venv/bin/python -m pip install uv"
@@ -35,7 +43,7 @@ if grep -q "^$other" <<<"$installed"; then
     fail ".venv holds the other build of vLLM; remove .venv and run ./setup.sh $build again."
 fi
 
-extras=dev,examples,search,$build
+extras=dev,docs,examples,search,$build
 arguments=(--quiet --python .venv --compile-bytecode)
 if [ "$build" = cpu ]; then
     # vLLM requires these packages, but not for text models, and their CUDA builds break a CPU torch.

@@ -98,15 +98,18 @@ class TimedSampler(VLLMSampler):
         super().load(model)
         laps.switch(RECORDS)
 
+    def wait(self) -> None:
+        """See ``Sampler``."""
+        before = laps.switch(ENGINE)
+        super().wait()
+        laps.switch(before)
+        if "engine ready" not in laps.moments:
+            laps.note("engine ready")
+
     def sample(
         self, requests: Sequence[Request], sampling: Sampling, stop_ids: Sequence[int]
     ) -> Iterator[tuple[int, list[Draw]]]:
-        """See ``Sampler``; the first call waits until the engine answers."""
-        if "engine ready" not in laps.moments:
-            before = laps.switch(ENGINE)
-            list(super().sample([Request((0,), 1, 0)], Sampling(0, 1, 1), ()))
-            laps.switch(before)
-            laps.note("engine ready")
+        """See ``Sampler``."""
         return self._timed(super().sample(requests, sampling, stop_ids))
 
     def release(self) -> None:

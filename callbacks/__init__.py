@@ -1,5 +1,4 @@
-"""What happens around training: the outer loop over iterations, the evaluation of every M_n, and what is
-shown.
+"""What happens around training: the outer loop, the evaluation of every M_n, and what is shown.
 
 One ``fit`` of Lightning is all N iterations: epoch e (from 0) belongs to iteration n = e // E + 1, where E is
 ``algorithm.epochs``. The dataloader is made anew for each epoch. This is the order of the hooks:
@@ -10,10 +9,9 @@ One ``fit`` of Lightning is all N iterations: epoch e (from 0) belongs to iterat
     Evaluation.on_fit_start             hyper-parameters go to the loggers
 
     for each epoch:
-      data.train_dataloader             steps 1 to 3 of iteration n: sample, correct, filter; the batches of
-      D_n Evaluation.on_train_epoch_start   M_{n-1} on the test questions, if the iteration begins
-      OuterLoop.on_train_epoch_start    the engine gives its memory back; if the iteration begins, step 4
-      does:
+      data.train_dataloader             steps 1 to 3 of iteration n: sample, correct, filter; batches of D_n
+      Evaluation.on_train_epoch_start   M_{n-1} on the test questions, if the iteration begins
+      OuterLoop.on_train_epoch_start    the engine gives its memory back; if the iteration begins, step 4:
                                         base model, fresh optimiser, schedule as long as D_n
       module.training_step ...          the micro-batches of the epoch (none, if D_n is empty)
       OuterLoop.on_train_epoch_end      M_n, if the iteration ends, with its probe and training metrics
@@ -30,7 +28,8 @@ finds it missing at the next start, when there is no epoch left to train.
 
 from callbacks.curves import Curves
 from callbacks.evaluation import Evaluation
+from callbacks.measurement import Measurement
 from callbacks.outer_loop import OuterLoop
-from callbacks.progress import IterationProgressBar
+from callbacks.progress import TrainingProgress
 
-__all__ = ["Curves", "Evaluation", "IterationProgressBar", "OuterLoop"]
+__all__ = ["Curves", "Evaluation", "Measurement", "OuterLoop", "TrainingProgress"]

@@ -12,6 +12,9 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 
 from callbacks.curves import Curves
 from data import TrajectoryDataModule
+from stasc.experiment import Experiment
+from stasc.model_card import write_card
+from stasc.progress import say
 from stasc.run import read_json
 from stasc.statistics import verdict
 from stasc.training.module import CorrectionSFT
@@ -20,9 +23,12 @@ from stasc.trajectory import TRANSITIONS, Records, Trajectory
 TABLE_ROWS = 12
 """Trajectories in TensorBoard's table."""
 
+_CHANGES = {name: f"{name[0]}>{name.rpartition('_')[2][0]}" for name in TRANSITIONS}
+"""Short names of what became of answers: ``w>r 3`` are three that were wrong and became right."""
+
 
 class Evaluation(Callback):
-    """Evaluates every M_n, M_0 included, and shows the metrics.
+    """Evaluates every M_n, M_0 included, shows the metrics, and writes them into the card of M_n.
 
     M_{n-1} is evaluated at the start of iteration n, while the sampler still holds it; M_N at the end. Each
     iteration's metrics go from its ``metrics.json`` to the loggers, with the iteration as the step.
@@ -53,17 +59,29 @@ class Evaluation(Callback):
         self._evaluate(trainer, last)
         choice = experiment.choose()
         if trainer.is_global_zero:
+            _write_card(experiment, choice)  # it may have been evaluated on the test questions just now
             files = [experiment.run.iteration(n) for n in range(last + 1)]
-            iterations = [read_json(of_n.metrics) for of_n in files]
-            print(f"\n{summary(iterations, choice)}")
+            iterations = [read_json(of_n.metrics, "iteration") for of_n in files]
+            data.pace.end()
+            say(f"\n{summary(iterations, choice)}")
             empty = [str(n) for n, metrics in enumerate(iterations) if n and not metrics["dataset"]["size"]]
             if empty:
-                print(f"Nothing was learnt in iteration {', '.join(empty)}: D_n was empty, see above.")
-            print()
+                say(f"Nothing was learnt in iteration {', '.join(empty)}: D_n was empty, see above.")
+            say(f"\nreport  stasc report '{experiment.run.folder}' --out report")
             for logger in trainer.loggers:
-                print(f"curves  {whereabouts(logger)}")
+                say(f"curves  {whereabouts(logger)}")
             if last:
-                print(f"models  {files[1].model} to {files[-1].model}")
+                say(f"models  {files[1].model} to {files[-1].model}")
+
+    def on_test_end(self, trainer: Trainer, pl_module: CorrectionSFT) -> None:
+        """Show the metrics of a model folder."""
+        if trainer.is_global_zero:
+            path = trainer.datamodule.metrics_path(trainer.state.fn.value)
+            say(f"all metrics              {path}\n\n{evaluation_table(read_json(path))}")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: CorrectionSFT) -> None:
+        """As ``on_test_end``."""
+        self.on_test_end(trainer, pl_module)
 
     def _evaluate(self, trainer: Trainer, n: int) -> None:
         data: TrajectoryDataModule = trainer.datamodule
@@ -73,8 +91,9 @@ class Evaluation(Callback):
         if not trainer.is_global_zero:
             return
         if missing:
-            print(summary_line(metrics), flush=True)
-        points = curves([read_json(run.iteration(m).metrics) for m in range(n + 1)])
+            say(summary_lines(metrics))
+        _write_card(data.experiment, n)
+        points = curves([read_json(run.iteration(m).metrics, "iteration") for m in range(n + 1)])
         answers = run.iteration(n).test_answers(2) if "test" in metrics else run.iteration(n).validation
         trajectories = list(islice(Records(answers), TABLE_ROWS))
         for logger in trainer.loggers:
@@ -82,6 +101,11 @@ class Evaluation(Callback):
             if isinstance(logger, Curves | TensorBoardLogger):
                 logger.experiment.add_text(f"{answers.stem}/trajectories", sample_table(trajectories), n)
             logger.save()
+
+
+def _write_card(experiment: Experiment, n: int | None) -> None:
+    if n and experiment.model_folder(n).is_dir():  # who needs the space may remove models of a run
+        write_card(experiment, n)
 
 
 def _begin_curves(trainer: Trainer) -> None:
@@ -128,7 +152,7 @@ def curves(iterations: Sequence[dict[str, Any]]) -> dict[str, float]:
     points = {
         f"{group}/{name}": value
         for group, values in iterations[-1].items()
-        if isinstance(values, dict)
+        if isinstance(values, dict) and group != "measured"
         for name, value in values.items()
         if value is not None
     }
@@ -136,21 +160,25 @@ def curves(iterations: Sequence[dict[str, Any]]) -> dict[str, float]:
     return points | {f"best/{turn}": max(test[turn] for test in tested) for turn in ("r1", "r2")}
 
 
-def summary_line(metrics: dict[str, Any]) -> str:
-    """One iteration in one line."""
-    n, parts = metrics["iteration"], []
-    for group in ("validation", "test"):
-        if group in metrics:
-            rewards = metrics[group]
-            # "w>r 3": three answers that were wrong became right.
-            changes = {name: f"{name[0]}>{name.rpartition('_')[2][0]}" for name in TRANSITIONS}
-            counts = ", ".join(f"{change} {rewards[name]}" for name, change in changes.items())
-            parts.append(f"{group} r(Y1) {rewards['r1']:.3f}, r(Y2) {rewards['r2']:.3f} ({counts})")
-    if "dataset" in metrics:
-        train, loss = metrics["train"], metrics["training"]["loss"]
-        part = f"train r(Y1) {train['r1']:.3f}, r(Y2) {train['r2']:.3f}, |D_{n}| {metrics['dataset']['size']}"
-        parts.append(part if loss is None else f"{part}, loss {loss:.3f}")
-    return f"M_{n}: {' | '.join(parts)}"
+def summary_lines(metrics: dict[str, Any]) -> str:
+    """One iteration in a line for each group of questions, of 80 columns."""
+    n, lines = metrics["iteration"], []
+    for group in ("validation", "test", "train"):
+        if group not in metrics:
+            continue
+        rewards = metrics[group]
+        parts = [
+            f"{group:<10}",
+            *(f"r({turn}) {rewards[turn.replace('Y', 'r')]:.3f}" for turn in ("Y1", "Y2")),
+        ]
+        if group == "train":
+            loss = metrics["training"]["loss"]
+            parts.append(f"|D_{n}| {metrics['dataset']['size']}")
+            parts += [] if loss is None else [f"loss {loss:.3f}"]
+        else:
+            parts.append(" ".join(f"{short} {rewards[name]}" for name, short in _CHANGES.items()))
+        lines.append(f"{'' if lines else f'M_{n}':<6}{'  '.join(parts)}")
+    return "\n".join(lines)
 
 
 def summary(iterations: Sequence[dict[str, Any]], choice: int | None) -> str:
@@ -161,21 +189,22 @@ def summary(iterations: Sequence[dict[str, Any]], choice: int | None) -> str:
         choice: The iteration that the validation questions choose, if there are such questions; else it is
             the last one that is spoken of.
     """
-    if choice is None:
-        last = iterations[-1]
-        return f"{summary_table(iterations)}\n\n{_verdict(last)}"
-    tables = [f"{group}\n{summary_table(iterations, group)}" for group in ("validation", "test")]
+    groups = ("test",) if choice is None else ("validation", "test")
+    tables = [summary_table(iterations, group) for group in groups]
+    if choice is not None:
+        tables = [f"{group}\n{table}" for group, table in zip(groups, tables, strict=True)]
     tested = [metrics for metrics in iterations if "test" in metrics]
-    most = max(tested, key=lambda metrics: metrics["test"]["r2"])
+    best = {} if choice is None else {"best on validation": iterations[choice]}
+    best |= {
+        "last": iterations[-1],
+        "maximum on test": max(tested, key=lambda metrics: metrics["test"]["r2"]),
+    }
     lines = [
         f"{name:<20} M_{metrics['iteration']}, test r(Y2) {metrics['test']['r2']:.3f}"
-        for name, metrics in (
-            ("best on validation", iterations[choice]),
-            ("last", iterations[-1]),
-            ("maximum on test", most),
-        )
+        for name, metrics in best.items()
     ]
-    return "\n\n".join([*tables, "\n".join(lines), _verdict(iterations[choice])])
+    chosen = iterations[-1 if choice is None else choice]
+    return "\n\n".join([*tables, "\n".join(lines), _verdict(chosen)])
 
 
 def _verdict(metrics: dict[str, Any]) -> str:
@@ -190,19 +219,53 @@ def summary_table(iterations: Sequence[dict[str, Any]], group: str = "test") -> 
     right, and so on; same is the share of corrections that repeat the answer, edit how far the others change
     it.
     """
-    lines = ["  n  r(Y1)  r(Y2)   Delta  +-SE   |D_n|    w>r    r>w    r>r    w>w  same  edit"]
-    for metrics in iterations:
-        if group not in metrics:
-            continue
-        found, size = metrics[group], metrics.get("dataset", {}).get("size", "-")
+    return _table(
+        {
+            f"{metrics['iteration']:>3}": (metrics[group], str(metrics.get("dataset", {}).get("size", "-")))
+            for metrics in iterations
+            if group in metrics
+        },
+        "  n",
+        "|D_n|",
+    )
+
+
+def evaluation_table(metrics: dict[str, Any]) -> str:
+    """All metrics of a model folder: a table of 80 columns at most, and lines for what has other columns."""
+    groups = [group for group in ("validation", "test", "greedy") if group in metrics]
+    width = max(map(len, groups))
+    lines = [_table({f"{group:<{width}}": (metrics[group], "") for group in groups}, " " * width, "")]
+    if rounds := metrics.get("rounds"):
+        lines.append("rounds   " + "  ".join(f"r(Y{name[1:]}) {value:.3f}" for name, value in rounds.items()))
+    if samples := metrics.get("samples"):
+        k = samples["k"]
+        for title, name in ((f"pass@{k}", "pass"), (f"majority of {k}", "majority")):
+            lines.append(f"{title}  r(Y1) {samples[f'{name}_r1']:.3f}  r(Y2) {samples[f'{name}_r2']:.3f}")
+    return "\n".join(lines)
+
+
+def _table(rows: dict[str, tuple[dict[str, float], str]], first: str, last: str) -> str:
+    """Rows of metrics by their names.
+
+    Args:
+        rows: By the first cell, as wide as its column, the metrics and the size of D_n.
+        first: Head of the first column.
+        last: Head of the column of sizes; empty if there is none.
+    """
+    counts = "  ".join(f"{short:>5}" for short in _CHANGES.values())
+    size_column = f"{last:>5}  " if last else ""
+    lines = [f"{first}  r(Y1)  r(Y2)   Delta  +-SE   {size_column}{counts}  same  edit"]
+    for name, (found, size) in rows.items():
         error, same, edit = (
-            f"{found[name]:{form}}" if name in found else "-"
-            for name, form in (("delta_se", ".3f"), ("repeated", ".0%"), ("edited", ".2f"))
+            f"{found[metric]:{form}}" if metric in found else "-"
+            for metric, form in (("delta_se", ".3f"), ("repeated", ".0%"), ("edited", ".2f"))
         )
-        counts = "  ".join(f"{found[name]:>5}" for name in TRANSITIONS)
-        n, r1, r2, delta = metrics["iteration"], found["r1"], found["r2"], found["delta"]
-        rewards = f"{n:>3}  {r1:.3f}  {r2:.3f}  {delta:+.3f}  {error:>5}"
-        lines.append(f"{rewards}  {size:>5}  {counts}  {same:>4}  {edit:>4}")
+        counts = "  ".join(f"{found[metric]:>5}" for metric in TRANSITIONS)
+        r1, r2 = found["r1"], found["r2"]
+        delta = found.get("delta", r2 - r1)
+        size_column = f"{size:>5}  " if last else ""
+        rewards = f"{name}  {r1:.3f}  {r2:.3f}  {delta:+.3f}  {error:>5}"
+        lines.append(f"{rewards}  {size_column}{counts}  {same:>4}  {edit:>4}")
     return "\n".join(lines)
 
 

@@ -8,6 +8,9 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from data import TrajectoryDataModule
+from stasc import processes
+from stasc.experiment import Experiment
+from stasc.progress import say
 from stasc.run import write_json
 from stasc.sampling.probe import Probe
 from stasc.training.module import CorrectionSFT
@@ -20,6 +23,9 @@ class OuterLoop(Callback):
     At the start of an iteration the base model is put in place (M_0 for Fixed fine-tuning; for Evolving
     M_{n-1} simply stays), with a fresh optimiser and a schedule as long as D_n is. At its end M_n is written
     as a Hugging Face folder. If D_n is empty, M_n is the base model.
+
+    A checkpoint has what the next epoch needs and no model folder holds: no optimiser where an iteration has
+    ended, no weights where the next iteration begins with those of a folder, no frozen weights of M_0.
     """
 
     def __init__(self) -> None:
@@ -40,6 +46,7 @@ class OuterLoop(Callback):
         """Turn Lightning's own validation loop off: M_n is evaluated where the sampler holds it."""
         if stage == "fit":
             trainer.limit_val_batches = 0
+            pl_module.strict_loading = False  # see on_save_checkpoint
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: CorrectionSFT) -> None:
         """Step 4 begins: base model by policy, fresh optimiser and schedule."""
@@ -48,12 +55,14 @@ class OuterLoop(Callback):
         experiment.sampler.release()
         torch.manual_seed(data.epoch_seed)
         pl_module.train()
-        self.prepared = data.iteration
+        before, self.prepared = self.prepared, data.iteration
         pl_module.iteration_steps = max(data.steps, 1) * experiment.algorithm.epochs
         if data.epochs_done % experiment.algorithm.epochs:
             return
         base = experiment.base_model(self.prepared)
-        if base != self.prepared - 1:  # those of M_{n-1} are in place
+        # This process has trained M_{n-1}, or has loaded M_0, or a checkpoint with the weights of M_{n-1}.
+        in_place = before == base or _only_in_checkpoint(experiment, pl_module, base)
+        if base != self.prepared - 1 or not in_place:
             load_weights(trainer.strategy.model, experiment.model_folder(base), pl_module.lora)
         trainer.strategy.setup_optimizers(trainer)
         self.losses = []
@@ -74,22 +83,51 @@ class OuterLoop(Callback):
         if data.steps:
             self.losses.append(pl_module.epoch_loss.compute().item())
             pl_module.epoch_loss.reset()
-        if data.epochs_done % experiment.algorithm.epochs:
+        iteration_ends = data.epochs_done % experiment.algorithm.epochs == 0
+        if iteration_ends or not data.steps:
+            # Nothing uses them any more. Lightning could not load the optimiser of an empty D_n under FSDP.
+            trainer.optimizers, trainer.strategy.lr_scheduler_configs = [], []
+        if not iteration_ends:
             return
         if not data.steps:
             base = experiment.base_model(n)
-            trainer.print(
+            say(
                 f"iteration {n}: D_{n} is empty, so M_{n} is M_{base}: {experiment.why_empty(n)}. Draw more "
                 "(algorithm.n_init, algorithm.n_corr), raise data.sampling.temperature, take a "
-                "Non-decreasing variant or a lower algorithm.threshold, or an easier task.",
-                flush=True,
+                "Non-decreasing variant or a lower algorithm.threshold, or an easier task."
             )
-        if experiment.missing(experiment.run.iteration(n).model):
-            self._write_model(trainer, pl_module)
-        torch.cuda.empty_cache()  # the engine, another process, takes what training leaves
+        self._write_model(trainer, pl_module)
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: CorrectionSFT, checkpoint: dict[str, Any]
+    ) -> None:
+        """Leave out what is not needed to go on, or lies in a model folder."""
+        data: TrajectoryDataModule = trainer.datamodule
+        experiment, n = data.experiment, self.prepared
+        iteration_ended = not trainer.optimizers and data.epochs_done % experiment.algorithm.epochs == 0
+        if not trainer.optimizers:  # FSDPStrategy loads as many as there will be then, or none
+            del checkpoint["optimizer_states"], checkpoint["lr_schedulers"]
+        stays = experiment.base_model(n + 1) == n
+        if iteration_ended and not (stays and _only_in_checkpoint(experiment, pl_module, n)):
+            checkpoint["state_dict"] = {}
+        elif pl_module.lora and _first_base(experiment, n) == 0:
+            weights = checkpoint["state_dict"]
+            checkpoint["state_dict"] = {name: weights[name] for name in weights if ".lora_" in name}
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: CorrectionSFT, checkpoint: dict[str, Any]
+    ) -> None:
+        """Have Lightning load no optimiser where there is none: the next iteration makes its own."""
+        checkpoint.setdefault("optimizer_states", [])
+        checkpoint.setdefault("lr_schedulers", [])
 
     def _write_model(self, trainer: Trainer, pl_module: CorrectionSFT) -> None:
-        """Write M_n, which comes last because its folder marks the iteration as trained."""
+        """Write M_n, which comes last because its folder marks the iteration as trained.
+
+        If it is there already, a kill came between it and the checkpoint, and M_n was trained again. On a
+        GPU that need not give the same bits, and the next iteration goes on from what is in the trainer now.
+        So it is written again; nothing has followed from the first one yet.
+        """
         experiment, n = trainer.datamodule.experiment, self.prepared
         files = experiment.run.iteration(n)
         weights = gather_weights(trainer.strategy.model, experiment.base.path, pl_module.lora)
@@ -102,6 +140,21 @@ class OuterLoop(Callback):
             }
             write_json(files.training, metrics)
             sequences = experiment.probe_sequences()
-            Probe(sequences, log_probabilities(weights, experiment.base.path, sequences)).write(files.probe)
-            write_model(weights, experiment.base.path, files.model)
-        trainer.strategy.barrier("M_n is written")
+            base, of_m0 = experiment.base.path, experiment.run.iteration(0).probe
+            if not of_m0.exists():
+                Probe(sequences, log_probabilities(None, base, sequences)).write(of_m0)
+            Probe(sequences, log_probabilities(weights, base, sequences)).write(files.probe)
+            write_model(weights, base, files.model, experiment.manual)
+        processes.wait_for(files.model)
+
+
+def _only_in_checkpoint(experiment: Experiment, module: CorrectionSFT, n: int) -> bool:
+    """Whether M_n's folder lacks what would train on: it is rounded to M_0's dtype, its adapters merged."""
+    return n > 0 and (module.lora is not None or experiment.base.dtype != "float32")
+
+
+def _first_base(experiment: Experiment, n: int) -> int:
+    """The model that was put in place last when M_n trained; its successors stayed in the trainer."""
+    while n > 0 and experiment.base_model(n) == n - 1:
+        n -= 1
+    return experiment.base_model(n) if n else 0

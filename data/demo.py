@@ -24,11 +24,11 @@ from typing import Literal, NamedTuple
 import torch
 from tokenizers import AddedToken
 from tokenizers.pre_tokenizers import ByteLevel
-from tqdm import tqdm
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, get_cosine_schedule_with_warmup
 
 from data.made_once import made_once
 from stasc.errors import UserError
+from stasc.progress import Progress
 from stasc.prompting import Dialogue, Message, Prompts
 from stasc.trajectory import Question
 
@@ -199,7 +199,7 @@ def corpus(recipe: Recipe) -> Iterator[Document]:
 # ---------------------------------------------------------------- M_0
 
 
-def base_model(recipe: Recipe | None = None, progress: bool = True) -> Path:
+def base_model(recipe: Recipe | None = None) -> Path:
     """The Hugging Face folder of M_0, which is pre-trained on first use and cached.
 
     The weights depend only on the recipe. The caller's random state and number of threads do not change.
@@ -210,7 +210,7 @@ def base_model(recipe: Recipe | None = None, progress: bool = True) -> Path:
     recipe = recipe or Recipe()
     constants = (VERSION, recipe, NAMES, LETTERS, TOKENS, PROMPTS, CHAT_TEMPLATE)
     name = f"demo-{hashlib.sha256(repr(constants).encode()).hexdigest()[:12]}"
-    return made_once(name, lambda folder: _pretrain(recipe, folder, progress))
+    return made_once(name, lambda folder: _pretrain(recipe, folder))
 
 
 def make_tokenizer() -> Qwen2Tokenizer:
@@ -228,7 +228,7 @@ def make_tokenizer() -> Qwen2Tokenizer:
     return tokenizer
 
 
-def _pretrain(recipe: Recipe, folder: Path, progress: bool) -> None:
+def _pretrain(recipe: Recipe, folder: Path) -> None:
     """Pre-train M_0 and write it to ``folder``."""
     tokenizer = make_tokenizer()
     threads = torch.get_num_threads()
@@ -236,7 +236,7 @@ def _pretrain(recipe: Recipe, folder: Path, progress: bool) -> None:
     try:
         torch.default_generator.manual_seed(recipe.seed)
         model = _new_model(tokenizer)
-        _train(model, tokenizer, recipe, progress)
+        _train(model, tokenizer, recipe)
     finally:
         torch.set_num_threads(threads)
     model.save_pretrained(folder)
@@ -262,14 +262,14 @@ def _new_model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
     return Qwen2ForCausalLM(config)
 
 
-def _train(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, recipe: Recipe, progress: bool) -> None:
+def _train(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, recipe: Recipe) -> None:
     """One pass over the corpus with the prompts of the method; prompts carry no loss."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=0.1)
     schedule = get_cosine_schedule_with_warmup(optimizer, round(0.05 * recipe.steps), recipe.steps)
     dialogue = Dialogue(tokenizer, PROMPTS)
     documents, half = corpus(recipe), recipe.batch_size // 2
     model.train()
-    with tqdm(total=recipe.steps, desc="Pre-training the demo's M_0, once", disable=not progress) as bar:
+    with Progress("pre-training steps of the demo's M_0, once", recipe.steps) as progress:
         for _ in range(recipe.steps):
             batch = list(itertools.islice(documents, half))
             prompts = dialogue.render("initial", [_placeholder_values(document) for document in batch])
@@ -283,8 +283,7 @@ def _train(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, recipe: Recipe, p
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-            bar.update()
+            progress.update(1, f"loss {loss.item():.3f}")
 
 
 def _placeholder_values(document: Document) -> dict[str, str]:

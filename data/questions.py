@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import math
+import os
 import random
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from huggingface_hub import HfApi
+
 from data import demo
-from stasc.errors import UserError
+from stasc.errors import UserError, check_text
+from stasc.model_folder import hub_is_away
 from stasc.trajectory import Question
 
 
@@ -35,6 +42,9 @@ class QuestionSource(ABC):
           class_path: my_package.Sums
           init_args: {size: 500}
     """
+
+    revision: str | None = None
+    """The hub's commit that was loaded; None for what is not from the hub, and before it is loaded."""
 
     @abstractmethod
     def load(self, *, with_references: bool = True) -> list[Question]:
@@ -99,16 +109,22 @@ class QuestionFile(QuestionSource):
             yield from self._hub_rows()
 
     def _hub_rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        away = None if Path(self.path).is_dir() else hub_is_away(HfApi().dataset_info, self.path)
+        if away is not None:
+            os.environ["HF_DATASETS_OFFLINE"] = "1"  # what is in its cache, and no retries; read on import
         from datasets import load_dataset  # slow: it imports pandas and more
 
         try:
             rows = load_dataset(self.path, self.name, split=self.split)
         except Exception as error:  # the hub client raises many unrelated types
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            reason = away or str(error).strip().partition("\n")[0] or type(error).__name__
             raise UserError(
                 f"'{self.path}' is not a file, and its split '{self.split}' could not be loaded from the "
                 f"Hugging Face hub ({reason})."
             ) from error
+        # Files of the hub have names such as hf://datasets/user/name@0123abcd/train.parquet.
+        commits = (re.search(r"@([0-9a-f]{40})/", file) for file in rows.download_checksums or ())
+        self.revision = next((found[1] for found in commits if found), None)
         for number, row in enumerate(rows, start=1):
             yield f"{self.path} [{self.split}], row {number}", row
 
@@ -131,34 +147,73 @@ class QuestionFile(QuestionSource):
         if with_references or self.references in row:
             references = column(self.references, "references")
             references = references if isinstance(references, list) else [references]
-            if not all(isinstance(r, str | int | float) and not isinstance(r, bool) for r in references):
+            if not all(map(_is_reference, references)):
                 raise UserError(
                     f"{location}: '{self.references}' must be a string, a number, or a list of them."
                 )
             references = [str(reference) for reference in references if str(reference).strip()]
             if with_references and not references:
                 raise UserError(f"{location}: '{self.references}' is empty, so no answer could be right.")
-        question_id = str(column(self.id, "id")) if self.id else str(number)
+        question_id = str(number)
+        if self.id:
+            question_id = column(self.id, "id")
+            if not isinstance(question_id, str | int) or not str(question_id).strip():
+                raise UserError(
+                    f"{location}: '{self.id}' must be a text or a whole number that is not empty."
+                )
+            question_id = str(question_id)
+        for name, words in (
+            (self.question, text),
+            (self.references, " ".join(references)),
+            (self.id, question_id),
+        ):
+            check_text(words, f"{location}: '{name}'")
         return Question(question_id, text, tuple(references), row)
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with path.open("rb") as lines:
+    try:
+        lines = path.open("rb")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): see to that, or name another.") from error
+    with lines:
         for number, line in enumerate(lines, start=1):
             location = f"{path}, line {number}"
             if not line.strip():
                 continue
             try:
-                row = json.loads(line.decode("utf-8-sig"))
+                row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_distinct)
             except UnicodeDecodeError as error:
                 raise UserError(f"{location}: this is not UTF-8 text.") from error
             except json.JSONDecodeError as error:
                 raise UserError(
                     f"{location}: this is not JSON ({error.msg}, column {error.colno})."
                 ) from error
+            except _KeyTwice as error:
+                raise UserError(f"{location}: the column '{error}' is there twice: remove one.") from error
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{location}: this is not JSON that can be read ({error}).") from error
             if not isinstance(row, dict):
                 raise UserError(f"{location}: this is not a JSON object with named columns.")
             yield location, row
+
+
+class _KeyTwice(Exception):
+    """A JSON object has a key twice; this is the key."""
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _KeyTwice(next(name for name in names if names.count(name) > 1))
+    return found
+
+
+def _is_reference(value: Any) -> bool:
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, str | int) and not isinstance(value, bool)
 
 
 class DemoQuestions(QuestionSource):
@@ -180,6 +235,45 @@ class DemoQuestions(QuestionSource):
     def load(self, *, with_references: bool = True) -> list[Question]:
         """See ``QuestionSource.load``."""
         return demo.questions(self.split, self.size, self.seed)
+
+
+def load(source: QuestionSource, option: str, *, with_references: bool = True) -> list[Question]:
+    """The questions of a source, whoever wrote it.
+
+    Args:
+        source: What ``option`` names.
+        option: Such as ``data.train``.
+        with_references: See ``QuestionSource.load``.
+
+    Raises:
+        UserError: There are none, one is no question, or two have one id.
+    """
+    name = f"{option}: {type(source).__name__}.load"
+    if "with_references" not in inspect.signature(source.load).parameters:
+        raise UserError(
+            f"{name} has no argument with_references: write def load(self, *, with_references=True)."
+        )
+    questions = source.load(with_references=with_references)
+    if not isinstance(questions, list | tuple) or not questions:
+        gave = "no questions" if isinstance(questions, list | tuple) else f"a {type(questions).__name__}"
+        raise UserError(f"{name} gave {gave}: it must return a list of stasc.trajectory.Question.")
+    seen: set[str] = set()
+    for number, question in enumerate(questions, start=1):
+        place = f"{name}, question {number}"
+        if not isinstance(question, Question):
+            kind = type(question).__name__
+            raise UserError(f"{place}: this is a {kind}, and must be a stasc.trajectory.Question.")
+        texts = {"id": question.id, "text": question.text, "references": question.references}
+        for field, value in texts.items():
+            of_texts = isinstance(value, tuple) and all(isinstance(text, str) for text in value)
+            if not (of_texts if field == "references" else isinstance(value, str) and value.strip()):
+                kind = "a tuple of texts" if field == "references" else "a text that is not empty"
+                raise UserError(f"{place}: its {field} must be {kind}, not {value!r}.")
+            check_text(" ".join(value) if of_texts else value, f"{place}: its {field}")
+        if question.id in seen:
+            raise UserError(f"{place}: the id '{question.id}' was there before; ids must be distinct.")
+        seen.add(question.id)
+    return list(questions)
 
 
 def hold_out(questions: Sequence[Question], share: float) -> tuple[list[Question], list[Question]]:

@@ -12,10 +12,12 @@ from typing import ClassVar
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from data.questions import QuestionSource, hold_out
+from data.questions import QuestionSource, hold_out, load
 from stasc.answers import FinalAnswer, WholeCompletion
 from stasc.errors import UserError
 from stasc.experiment import Evaluation, Experiment
+from stasc.memory import engine_share
+from stasc.progress import Pace, say
 from stasc.prompting import Message
 from stasc.reward import InAccuracy, Reward
 from stasc.run import EVALUATION, NEVER, START, TRAINING, FirstUses, write_json, write_lines
@@ -54,7 +56,9 @@ class TrajectoryDataModule(LightningDataModule):
         train: Questions to learn from (D_0).
         test: Questions to report the rewards of.
         prompts: The messages of each prompt: ``initial``, ``correction``, and others that the algorithm asks.
-        sampling: How training answers and corrections are drawn.
+            Without ``fit`` these, ``evaluation.sampling`` and ``answer`` are by default what the folder of
+            ``model.base`` names (its ``stasc.yaml``).
+        sampling: How training answers and corrections are drawn; only ``fit`` draws them.
         evaluation: How models are evaluated.
         validation: Questions to choose the iteration on, or the share of ``train`` that is held out as such;
             without any nothing chooses but the test set.
@@ -86,10 +90,10 @@ class TrajectoryDataModule(LightningDataModule):
 
     def __init__(
         self,
-        train: QuestionSource,
-        test: QuestionSource,
-        prompts: dict[str, list[Message]],
-        sampling: Sampling,
+        train: QuestionSource | None = None,
+        test: QuestionSource | None = None,
+        prompts: dict[str, list[Message]] | None = None,
+        sampling: Sampling | None = None,
         evaluation: Evaluation = Evaluation(),  # noqa: B008  (frozen)
         validation: QuestionSource | float | None = None,
         training_prompts: dict[str, list[Message]] | None = None,
@@ -119,11 +123,15 @@ class TrajectoryDataModule(LightningDataModule):
         for name in needed.get(subcommand, (subcommand,)):
             source = self.sources[name]
             if isinstance(source, float):
-                questions["train"], questions[name] = hold_out(self.sources["train"].load(), source)
+                questions["train"], questions[name] = hold_out(
+                    load(self.sources["train"], "data.train"), source
+                )
             elif source is not None:
-                questions[name] = source.load(with_references=name != "predict")
-            elif subcommand != "fit":
-                raise UserError(f"data.{name} is not set: give the questions, as data.train has them.")
+                questions[name] = load(source, f"data.{name}", with_references=name != "predict")
+            elif name != "validation" or subcommand != "fit":
+                raise UserError(
+                    f"data.{name} is not set: give a source of questions, such as data.QuestionFile."
+                )
         return questions
 
     # Training
@@ -146,13 +154,20 @@ class TrajectoryDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Start the engine, which gets ready while the trainer loads its model."""
+        self.pace = Pace(self.experiment.algorithm.iterations)
+        device = self.trainer.strategy.root_device
+        training = self.trainer.lightning_module.training_bytes() if stage == "fit" else 0
+        memory = engine_share(device, training, self.trainer.num_devices)
         log = self.experiment.run.folder / f"engine-{self.trainer.global_rank}.log"
-        self.experiment.start(self.trainer.strategy.root_device, log)
+        self.experiment.start(device, log, memory)
 
     def train_dataloader(self) -> DataLoader:
         """Steps 1 to 3 of the iteration under way, unless they are done, and the batches of D_n."""
-        dataset = self.experiment.dataset(self.iteration) if self.experiment.algorithm.iterations else []
-        self.steps = 0
+        self.steps, dataset = 0, []
+        if self.experiment.algorithm.iterations:
+            if self.epochs_done < self.trainer.max_epochs:
+                self._begin_epoch()
+            dataset = self.experiment.dataset(self.iteration)
         if not dataset:
             # Lightning ends the whole fit on an empty loader; the module skips this one batch instead.
             return DataLoader([None], batch_size=None)
@@ -171,6 +186,13 @@ class TrajectoryDataModule(LightningDataModule):
         )
         self.steps = batches.steps
         return DataLoader(batches, batch_size=None)
+
+    def _begin_epoch(self) -> None:
+        """Say that the iteration begins, if it does with this epoch or with this start of the program."""
+        first = self.epochs_done % self.experiment.algorithm.epochs == 0
+        if first or not self.pace.begun:
+            done = self.experiment.run.iteration(self.iteration).folder.exists()
+            self.pace.begin(self.iteration, whole=first and not done)
 
     def _longest_example(self) -> int | None:
         """Tokens that no training example exceeds, if its prompts are among those that were sampled from."""
@@ -201,9 +223,7 @@ class TrajectoryDataModule(LightningDataModule):
         """One batch with the metrics to show; all metrics and the trajectories of all rounds are written."""
         self._write_output(to_json(trajectory) for trajectories in rounds for trajectory in trajectories)
         if self.trainer.is_global_zero:
-            path = self.output_path(self.trainer.state.fn.value).with_suffix(".metrics.json")
-            write_json(path, metrics)
-            print(f"all metrics              {path}", flush=True)
+            write_json(self.metrics_path(self.trainer.state.fn.value), metrics)
         return DataLoader([shown], batch_size=None)
 
     def predict_dataloader(self) -> DataLoader:
@@ -216,11 +236,15 @@ class TrajectoryDataModule(LightningDataModule):
         """Where a subcommand other than ``fit`` writes."""
         return Path(self.output) if self.output else self.experiment.run.folder / f"{subcommand}.jsonl"
 
+    def metrics_path(self, subcommand: str) -> Path:
+        """Where a subcommand other than ``fit`` writes what it has measured."""
+        return self.output_path(subcommand).with_suffix(".metrics.json")
+
     def _write_output(self, lines: Iterable[str]) -> None:
         if self.trainer.is_global_zero:
             path = self.output_path(self.trainer.state.fn.value)
             write_lines(path, lines)
-            print(f"answers and corrections  {path}", flush=True)
+            say(f"answers and corrections  {path}")
 
     # The end
 

@@ -2,12 +2,14 @@
 
 import os
 import runpy
-import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from stasc import __version__
+from stasc.ending import end_on_signals, end_with_rank_zero
 from stasc.house import HOUSE
+from stasc.progress import Progress
 
 SCRIPTS = ("variants", "grid", "baselines", "search")
 """Commands that are scripts."""
@@ -18,17 +20,20 @@ Self-Taught Self-Correction: a small language model learns from its own correcti
 
 commands:
   fit       run the algorithm: sample, correct, filter, fine-tune, N times
-  validate  evaluate a model folder (the same as test)
-  test      evaluate a model folder: --model.base FOLDER
+  validate  evaluate a model folder on data.validation
+  test      evaluate a model folder on data.test: --model.base FOLDER
   predict   answer and correct the questions of a file: --data.predict ...
+  chat      answer and correct what you type: --model.base FOLDER
+  check     rehearse a run: does it fit, and how long will it take?
   report    tables, figures and a page from run folders: report RUN... --out FOLDER
   variants, grid, baselines
             ablations: many runs of fit, by seeds and systems
   search    options chosen by the rewards on validation questions
 
   python -m stasc --version              the version
-  python -m stasc COMMAND --help          all options of a command
+  python -m stasc COMMAND --help          the method's options (--help all: Lightning's too)
   python -m stasc COMMAND --print_config  the resulting configuration
+                                          (--print_config=skip_default: what is no default)
 
 --config takes a file, or a config that comes with the program by its name. Start with:
   python -m stasc fit --config quickstart"""
@@ -37,7 +42,8 @@ commands:
 def main() -> None:
     """Run a command.
 
-    After a mistake of the user it prints one sentence and exits with status 2, after Ctrl-C with status 130.
+    After a mistake of the user it prints one sentence and exits with status 2. A signal ends it with a
+    sentence and status 128 + its number, as 130 after Ctrl-C and 143 after SIGTERM.
     """
     if sys.argv[1:] in ([], ["-h"], ["--help"]):
         print(HELP)  # before the imports below, which take seconds
@@ -55,22 +61,25 @@ def main() -> None:
 
         report(sys.argv[2:])
         return
+    if sys.argv[1] == "chat":
+        with suppress(KeyboardInterrupt):
+            from stasc.chat import main as chat
+
+            chat(sys.argv[2:])
+        return
+    if sys.argv[1] == "check":
+        from stasc.check import main as check
+
+        check(sys.argv[2:])
+        return
     # Idle threads must not spin: sampling and training take turns on the same cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # nohup ignores it
-        signal.signal(signal.SIGINT, _interrupt)
-    try:
+    end_on_signals()
+    end_with_rank_zero()
+    with Progress("loading the libraries"):
         from stasc.cli import run
 
-        run()
-    except (KeyboardInterrupt, SystemExit) as error:  # Lightning turns Ctrl-C into SystemExit(1)
-        if KeyboardInterrupt not in (type(error), type(error.__context__)):
-            raise
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Lightning has restored our handler
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            message = "stasc: interrupted; run the same command again to resume."
-            print(message, file=sys.stderr, flush=True)
-        sys.exit(130)
+    run()
 
 
 def _run_script(name: str) -> None:
@@ -78,11 +87,6 @@ def _run_script(name: str) -> None:
     sys.path.insert(0, str(scripts))  # they import each other
     del sys.argv[1]
     runpy.run_path(str(scripts / f"{name}.py"), run_name="__main__")
-
-
-def _interrupt(*_: object) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not interrupt the shutdown
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

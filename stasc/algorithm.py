@@ -91,6 +91,10 @@ class Algorithm(ABC):
         for name, size in zip(least, (iterations, n_init, n_corr, epochs, rounds), strict=True):
             if size < least[name]:
                 raise UserError(f"algorithm.{name} is {size}: it must be {least[name]} or more.")
+        if not 0 < threshold <= 1:
+            raise UserError(
+                f"algorithm.threshold is {threshold}: it must be above 0 and, as rewards are, at most 1."
+            )
         self.iterations = iterations
         self.n_init = n_init
         self.n_corr = n_corr

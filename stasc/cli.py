@@ -2,57 +2,69 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
 import sys
+import traceback
 import warnings
+import zipfile
 from functools import partial
 from inspect import signature
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any
+from typing import Any, NoReturn
 
-import torch
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from transformers.utils.logging import disable_progress_bar
+from torch.distributed import DistNetworkError
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from callbacks import Curves, Evaluation, IterationProgressBar, OuterLoop
+from callbacks import Curves, Evaluation, OuterLoop, TrainingProgress
 from data import TrajectoryDataModule, demo, smollm2
 from stasc.algorithm import Algorithm, STaSC
+from stasc.config_file import check_named_files, check_value, read_config
 from stasc.errors import UserError
 from stasc.experiment import Experiment
-from stasc.house import OWN_PACKAGES, config_file
+from stasc.house import config_file
+from stasc.manual import Manual
 from stasc.model_folder import ModelFolder
+from stasc.progress import Progress, say
 from stasc.prompting import Dialogue
+from stasc.provenance import fingerprint, this_start
+from stasc.refusals import plain_words
 from stasc.run import NEVER, START, TRAINING, FirstUse, Run, SystemRecord, first_use, flatten
 from stasc.sampling import Sampler, VLLMSampler
+from stasc.trainer_options import check_trainer_options
+from stasc.training.checkpoints import WholeCheckpoints
 from stasc.training.module import CorrectionSFT
+from stasc.training.weights import check_weights
+from stasc.users_code import blame
 
 MADE_HERE = {"demo": demo.base_model, "smollm2-135m": smollm2.base_model}
 """Names that ``model.base`` may have for a model that is made on the spot, and what makes it."""
 
-RENAMED = {
-    "batch_size": "batches.size",
-    "prefix_sharing": "batches.prefix_sharing",
-    "token_budget": "batches.token_budget",
-    "group_corrections": "batches.group_corrections",
-    "test_sampling": "evaluation.sampling",
-    "test_samples": "evaluation.samples",
-    "test_greedy": "evaluation.greedy",
-}
-"""Options of ``data`` by the names that they had in version 0.1."""
+SEED = 42
+"""What all draws follow from, unless another number is given."""
+
+_DISK_ERRORS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EIO),
+)
+"""What an operating system says of a place or a disk that does not do."""
 
 _TRAINER_OPTIONS_THAT_TRAIN = (
-    *("precision", "gradient_clip_val", "gradient_clip_algorithm", "plugins"),
-    *("limit_train_batches", "overfit_batches", "fast_dev_run"),
-    *("min_epochs", "min_steps", "max_steps", "max_time"),
+    "precision",
+    "gradient_clip_val",
+    "gradient_clip_algorithm",
+    "plugins",
 )
 """Lightning's options that have a part in what is learnt; the others say where and how it is."""
 
@@ -68,18 +80,18 @@ class ConfigFile(ActionConfigFile):
     @staticmethod
     def apply_config(parser: ArgumentParser, cfg: Namespace, dest: str, value: str) -> None:
         """Lay the config over ``cfg``."""
-        value = config_file(value)
-        try:
-            config = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
-            parts = config.get("data", {}).items()
-        except (OSError, ValueError, AttributeError, yaml.YAMLError):
-            parts = ()  # said below, by the parser
-        for name, part in parts:
+        path = config_file(value)
+        parts = read_config(Path(path)).get("data")
+        for name, part in parts.items() if isinstance(parts, dict) else ():
             class_path = part.get("class_path") if isinstance(part, dict) else part
             before = cfg.get(f"data.{name}")
             if class_path and isinstance(before, Namespace) and before.get("class_path") != class_path:
                 cfg[f"data.{name}"] = None
-        ActionConfigFile.apply_config(parser, cfg, dest, value)
+        try:
+            ActionConfigFile.apply_config(parser, cfg, dest, path)
+        except (TypeError, ValueError, ArgumentError) as error:
+            sentence = plain_words(error, ["--config", path])
+            raise UserError(sentence if path in sentence else f"the config {path}: {sentence}") from error
 
 
 class STaSCCLI(LightningCLI):
@@ -96,6 +108,16 @@ class STaSCCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The options beside those of the trainer, the model and the data."""
+        self.add_run_arguments(parser)
+        parser.add_subclass_arguments(Algorithm, "algorithm", default=_class_path(STaSC))
+        parser.add_subclass_arguments(Sampler, "sampler", default=_class_path(VLLMSampler))
+        parser.link_arguments(
+            ("run_dir", "trainer.logger"), "trainer.logger.init_args.save_dir", _loggers_folder
+        )
+
+    @staticmethod
+    def add_run_arguments(parser: ArgumentParser) -> None:
+        """The options that belong to no part of the program."""
         parser.add_argument("--run_dir", type=str, default="runs/stasc", help="Folder of the run.")
         parser.add_argument(
             "--reuse",
@@ -103,35 +125,42 @@ class STaSCCLI(LightningCLI):
             default=None,
             help="Another run, or a folder of runs: take M_0's draws from it where it was asked the same.",
         )
-        parser.add_subclass_arguments(Algorithm, "algorithm", default=_class_path(STaSC))
-        parser.add_subclass_arguments(Sampler, "sampler", default=_class_path(VLLMSampler))
-        parser.link_arguments(
-            ("run_dir", "trainer.logger"), "trainer.logger.init_args.save_dir", _loggers_folder
-        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse; what a command other than ``fit`` leaves open is as the model's manual has it.
+
+        The seed is checked here, because Lightning uses it at once.
+        """
+        super().parse_arguments(parser, args)
+        command = self.config.subcommand
+        base = self.config[command].model.base
+        if (
+            command != "fit"
+            and base not in MADE_HERE
+            and (manual := Manual.find(ModelFolder.locate(base).path))
+        ):
+            self._parser(command).set_defaults(manual.options)
+            super().parse_arguments(parser, args)
+        seed = self.config[self.config.subcommand].seed_everything
+        if isinstance(seed, bool) or not 0 <= seed < 2**32:
+            raise UserError(f"seed_everything is {seed}: it must be a number from 0 to {2**32 - 1}.")
 
     def before_instantiate_classes(self) -> None:
-        """Check the trainer's options; make M_0 if it is one that is made here."""
+        """Check the options; make M_0 if it is one that is made here."""
         config = self.config[self.subcommand]
-        if config.trainer.precision in ("bf16-true", "16-true"):
+        check_trainer_options(config.trainer.as_dict())
+        if not config.run_dir.strip():
+            raise UserError("run_dir is empty: name a folder for the run, such as runs/mine.")
+        if config.ckpt_path:
             raise UserError(
-                f"trainer.precision is {config.trainer.precision}, which rounds small updates away, so that "
-                "hardly anything is learnt: use bf16-mixed or 32-true."
+                "ckpt_path is not for you to set: a run goes on from its own folder's checkpoint, and "
+                "test, validate and predict take the model of --model.base."
             )
-        if config.trainer.max_epochs is not None:
-            raise UserError(
-                "trainer.max_epochs is not for you to set: it follows from algorithm.iterations and "
-                "algorithm.epochs."
-            )
-        if config.trainer.reload_dataloaders_every_n_epochs != 1:
-            raise UserError(
-                "trainer.reload_dataloaders_every_n_epochs must stay 1: every iteration has its own D_n."
-            )
-        if isinstance(config.seed_everything, bool):
-            raise UserError(f"seed_everything is {config.seed_everything}: it must be a number.")
-        _check_devices(config.trainer.accelerator, config.trainer.devices)
         dumped = self.parser.dump(self.config, skip_unset=False)
         self.saved_config = yaml.safe_load(dumped)[self.subcommand]
         self.saved_config.pop("config", None)
+        for option, value in flatten(self.saved_config).items():
+            check_value(option, value)
         for logger in _loggers(config.trainer.logger):
             if logger.class_path.endswith(".WandbLogger"):
                 logger.init_args.version = logger.init_args.version or Run(config.run_dir).wandb_id()
@@ -150,7 +179,9 @@ class STaSCCLI(LightningCLI):
                     f"{lacks[1]} needs a package that is not installed: pip install '{lacks[2]}', or choose "
                     "another --trainer.logger."
                 ) from None
-            raise
+            if "class_path" not in str(error) or blame(error):
+                raise
+            raise UserError(plain_words(error, sys.argv)) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Give the trainer the algorithm's epochs, and the run folder's places for curves and checkpoints."""
@@ -173,7 +204,10 @@ class STaSCCLI(LightningCLI):
         # The order matters, see callbacks/__init__.py.
         kwargs["callbacks"] = [Evaluation(), *filter(None, users), OuterLoop(), checkpoint]
         if config.trainer.enable_progress_bar is not False:
-            kwargs["callbacks"].append(IterationProgressBar())
+            kwargs["callbacks"].append(TrainingProgress())
+        plugins = config.trainer.plugins
+        users = plugins if isinstance(plugins, list) else [plugins]
+        kwargs["plugins"] = [WholeCheckpoints(), *filter(None, users)]
         try:
             return super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, TypeError, ValueError) as error:
@@ -181,7 +215,11 @@ class STaSCCLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         """Put the experiment together, which finds mistakes before an engine starts."""
-        experiment = self.datamodule.experiment = self._experiment()
+        if self.trainer.num_nodes > 1:
+            _check_nodes(self.trainer)
+        with Progress("reading the questions and the tokenizer"):
+            experiment = self.datamodule.experiment = self._experiment()
+        check_weights(experiment.base)
         if self.subcommand != "fit":
             output = self.datamodule.output_path(self.subcommand)
             if output.exists() and rank_zero_only.rank == 0:
@@ -189,12 +227,31 @@ class STaSCCLI(LightningCLI):
             return
         self.model.check(self.trainer.strategy)
         if rank_zero_only.rank == 0:
-            experiment.run.claim(self.saved_config, self._system_record(), self._first_use)
+            experiment.run.lock()
+            experiment.run.claim(self.saved_config, self._system_record(), self._first_use, experiment.origin)
 
     def _experiment(self) -> Experiment:
         config, data = self.config_init[self.subcommand], self.datamodule
         questions = data.load_questions(self.subcommand)
         base = ModelFolder.locate(self.model.base)
+        if data.prompts is None:
+            nor = "" if self.subcommand == "fit" else f", and {base.path} has no stasc.yaml that has them"
+            raise UserError(f"data.prompts is not set{nor}: give a file, such as configs/prompts/paper.yaml.")
+        if data.sampling is None and self.subcommand == "fit":
+            raise UserError("data.sampling is not set: give temperature, top_p and max_tokens.")
+        origin = this_start() | {
+            "model": {
+                "base": self.saved_config["model"]["base"],
+                "folder": str(base.path),
+                "revision": base.revision,
+            },
+            "questions": {
+                name: fingerprint(asked) | {"revision": getattr(data.sources[name], "revision", None)}
+                for name, asked in questions.items()
+            },
+        }
+        if self.subcommand != "fit":  # beside a run's results lies its config.yaml
+            origin["config"] = self.saved_config
         tokenizer, generation_config = base.tokenizer(), base.generation_config()
         dialogue = partial(
             Dialogue, tokenizer, generation_config=generation_config, template=self.model.template
@@ -213,6 +270,7 @@ class STaSCCLI(LightningCLI):
             run=Run(config.run_dir),
             seed=config.seed_everything,
             reuse=Path(config.reuse) if config.reuse else None,
+            origin=origin,
         )
 
     def _system_record(self) -> SystemRecord:
@@ -249,17 +307,74 @@ class STaSCCLI(LightningCLI):
             return TRAINING if name.startswith(_TRAINER_OPTIONS_THAT_TRAIN) else NEVER
         return START if option == "seed_everything" else NEVER
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Those of LightningCLI, without the option to show its table: ours is shown."""
+        found = LightningCLI.subcommands()
+        return found | {name: found[name] | {"verbose"} for name in ("validate", "test")}
+
+    def test(self, **kwargs: Any) -> None:
+        """Measure a model folder."""
+        self.trainer.test(**kwargs, verbose=False)
+
+    def validate(self, **kwargs: Any) -> None:
+        """As ``test``, on the validation questions."""
+        self.trainer.validate(**kwargs, verbose=False)
+
     def fit(self, model: LightningModule, datamodule: LightningDataModule, **kwargs: Any) -> None:
         """Start, or go on where the run folder's last checkpoint was written."""
         run = datamodule.experiment.run
-        if not kwargs.get("ckpt_path") and run.last_checkpoint.is_file():
+        going_on = not kwargs.get("ckpt_path") and run.last_checkpoint.is_file()
+        if going_on:
+            if not zipfile.is_zipfile(run.last_checkpoint):
+                raise UserError(
+                    f"{run.last_checkpoint} is damaged: remove it, and the run trains its iterations again "
+                    "from the files that it has."
+                )
             kwargs["ckpt_path"] = str(run.last_checkpoint)
-            rank_zero_only(print)(f"going on in {run.folder}", flush=True)
-        self.trainer.fit(model, datamodule=datamodule, **kwargs)
+        algorithm, questions = datamodule.experiment.algorithm, datamodule.experiment.questions
+        counts = ", ".join(f"{len(asked):,} {name}" for name, asked in questions.items())
+        say(f"{'going on in' if going_on else 'starting'} {run.folder}", timed=True)
+        say(f"          {algorithm.name}, N = {algorithm.iterations}, questions: {counts}")
+        try:
+            self.trainer.fit(model, datamodule=datamodule, **kwargs)
+        except UserError:
+            raise
+        except Exception as error:
+            sentence = blame(error)
+            if sentence is None:
+                raise
+            log = run.folder / f"error-{self.trainer.global_rank}.log"
+            log.write_text("".join(traceback.format_exception(error)), encoding="utf-8", errors="replace")
+            raise UserError(f"{sentence} The whole traceback is in {log}.") from error
+
+
+def help_text(command: str) -> str:
+    """The method's options, with those of the classes that are the default; Lightning's are left out."""
+    parser = ArgumentParser(
+        f"python -m stasc {command}",
+        usage=f"python -m stasc {command} --config FILE [--config FILE ...] [--OPTION VALUE ...]",
+        description="Later configs go on top of earlier ones, and options on top of all.",
+        epilog=f"Another system or sampler has options of its own: --algorithm.help stasc.algorithm.STaR. "
+        f"All options, those of Lightning's Trainer too: python -m stasc {command} --help all.",
+        add_help=False,
+    )
+    parts = {"algorithm": STaSC, "data": TrajectoryDataModule, "model": CorrectionSFT, "sampler": VLLMSampler}
+    for name, part in parts.items():
+        parser.add_class_arguments(part, name)
+    run_options = parser.add_argument_group("The run")
+    STaSCCLI.add_run_arguments(run_options)
+    run_options.add_argument("--seed_everything", type=int, default=SEED, help="What all draws follow from.")
+    return parser.format_help()
 
 
 def run() -> None:
     """Parse ``sys.argv`` and run; a user's mistake ends in one sentence on standard error and status 2."""
+    if sys.argv[1] in STaSCCLI.subcommands() and {"-h", "--help"} & set(sys.argv):
+        if sys.argv[-1] != "all":
+            print(help_text(sys.argv[1]))
+            return
+        sys.argv.pop()
     for name in ("lightning.pytorch", "lightning.fabric"):  # what devices there are, tips, the seed
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
@@ -268,13 +383,15 @@ def run() -> None:
     warnings.filterwarnings("ignore", message=".*has both parameters with requires_grad.*")  # LoRA under FSDP
     warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # test metrics are those of all processes
     warnings.filterwarnings("ignore", message=".*Detected call of `lr_scheduler.step.*")  # an empty D_n
+    set_verbosity_error()  # transformers warns of what is refused here, or of no matter
     disable_progress_bar()  # of transformers, for every load and save of a model
     try:
+        check_named_files(sys.argv[1:])
         STaSCCLI(
             CorrectionSFT,
             TrajectoryDataModule,
             save_config_callback=None,  # Run.claim does it, before anything else is written
-            seed_everything_default=42,
+            seed_everything_default=SEED,
             trainer_defaults={
                 "num_sanity_val_steps": 0,
                 "reload_dataloaders_every_n_epochs": 1,  # every epoch has the batches of its own iteration
@@ -287,15 +404,28 @@ def run() -> None:
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
+    except DistNetworkError as error:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        reason = str(error).partition("\n")[0]
+        _end(
+            f"the training processes cannot meet at {place} ({reason}): set the variables MASTER_ADDR and "
+            "MASTER_PORT to an address and a free port of the first node."
+        )
     except (UserError, ArgumentError, MisconfigurationException) as mistake:
         sentence = " ".join(str(mistake).split())
-        options = {argument.partition("=")[0] for argument in sys.argv}
         if isinstance(mistake, ArgumentError):
-            sentence = _own(mistake) or _renamed(sentence) or _not_ours(sentence) or sentence
-            if not options & {"-c", "--config"}:
-                sentence += " (no --config FILE was given)"
-        print(f"stasc: {sentence}", file=sys.stderr)
-        sys.exit(2)
+            sentence = _own(mistake) or plain_words(mistake, sys.argv)
+        _end(sentence)
+    except Exception as error:
+        sentence = blame(error) or _refused_by_the_disk(error)
+        if sentence is None:  # a bug of ours
+            raise
+        _end(sentence)
+
+
+def _end(sentence: str) -> NoReturn:
+    print(f"stasc: {sentence}", file=sys.stderr)
+    sys.exit(2)
 
 
 def _own(refusal: BaseException | None) -> str | None:
@@ -305,34 +435,15 @@ def _own(refusal: BaseException | None) -> str | None:
     return refusal and str(refusal)
 
 
-def _renamed(refusal: str) -> str | None:
-    """A sentence for a refused option that has another name or place now; None if it is none of those."""
-    if re.search(r"data\.reward.*'marker' is not accepted", refusal):
-        return (
-            "rewards have no marker any more: set data.answer to stasc.answers.AfterMarker with that marker, "
-            "which holds for every reward."
-        )
-    for old, new in RENAMED.items():
-        if re.search(rf"\b{old}\b", refusal):
-            return f"data.{old} is called data.{new} now: change it in the config or on the command line."
-    return None
-
-
-def _not_ours(refusal: str) -> str | None:
-    """A sentence for what one of our packages was asked for and does not have; None for other refusals."""
-    package, name = rf"(?P<package>{'|'.join(OWN_PACKAGES)})", r"(?P<name>\w+)"
-    for pattern in (
-        f"module '{package}' has no attribute '{name}'",
-        rf"No module named '{package}\.{name}",
-        f"cannot import name '{name}' from '{package}'",
-    ):
-        if found := re.search(pattern, refusal):
-            ours, missing = found["package"], found["name"]
-            return (
-                f"stasc's own package {ours} has no {missing}: if you mean a folder or file {ours} of yours, "
-                "give it another name, also in the class path."
-            )
-    return None
+def _refused_by_the_disk(error: BaseException) -> str | None:
+    """A sentence for a file or folder that cannot be written or read; None for other errors."""
+    if not isinstance(error, OSError) or error.errno not in _DISK_ERRORS:
+        return None
+    what = error.filename or "a file of the run"
+    return (
+        f"{what} cannot be written or read ({error.strerror}): see to that, or choose another --run_dir; "
+        "what is finished is kept, and the same command goes on."
+    )
 
 
 def _loggers(option: Any) -> list[Namespace]:
@@ -358,19 +469,15 @@ def _class_path(cls: type) -> dict[str, str]:
     return {"class_path": f"{cls.__module__}.{cls.__name__}"}
 
 
-def _check_devices(accelerator: Any, devices: Any) -> None:
-    """Raise UserError if more devices are asked for than there are."""
-    cuda = torch.cuda.device_count()
-    if accelerator in ("gpu", "cuda") and cuda == 0:
+def _check_nodes(trainer: Trainer) -> None:
+    """Say on each node that it waits for the others; raise UserError if they could not find each other."""
+    environment = trainer.strategy.cluster_environment
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK") if name not in os.environ]
+    if missing and isinstance(environment, LightningEnvironment):
         raise UserError(
-            "trainer.accelerator asks for a GPU and this machine has none that torch can use: "
-            "set --trainer.accelerator cpu, --trainer.devices and --trainer.strategy."
+            f"trainer.num_nodes is {trainer.num_nodes}, and {missing[0]} is not set: start the command on "
+            "all nodes with the MASTER_ADDR and MASTER_PORT of the first, and NODE_RANK, which is 0 there."
         )
-    on_cuda = cuda > 0 and accelerator in ("auto", "gpu", "cuda")
-    there = cuda if on_cuda else os.cpu_count() or 1
-    asked = int(devices) if str(devices).isdecimal() else 0
-    if asked > there:
-        raise UserError(
-            f"trainer.devices is {asked} and this machine has {there} {'GPUs' if on_cuda else 'CPU cores'}: "
-            "lower --trainer.devices."
-        )
+    if trainer.local_rank == 0:
+        place = f"{environment.main_address}:{environment.main_port}"
+        print(f"waiting for all {trainer.num_nodes} nodes at {place}", flush=True)

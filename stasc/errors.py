@@ -1,4 +1,4 @@
-"""The exception for mistakes of the user."""
+"""The exception for mistakes of the user, and a check of what users write anywhere."""
 
 
 class UserError(Exception):
@@ -7,3 +7,18 @@ class UserError(Exception):
     The message is one sentence that names the file, line or option and how to fix it. The program prints it
     to standard error and exits with status 2, without a traceback.
     """
+
+
+def check_text(text: str, name: str) -> None:
+    """Find half characters (lone surrogates), which no file and no tokenizer takes.
+
+    Raises:
+        UserError: There is one; the message begins with ``name``.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{name} has half a character, U+{ord(text[error.start]):04X} at place {error.start + 1}: write "
+            "the whole one, or leave it out."
+        ) from error

@@ -16,9 +16,11 @@ from stasc import processes
 from stasc.algorithm import Algorithm, Turn
 from stasc.answers import FinalAnswer
 from stasc.errors import UserError
+from stasc.manual import Manual
 from stasc.metrics import answer_metrics, chosen, dataset_sizes, evaluation_metrics, reward_metrics, why_empty
 from stasc.model_folder import ModelFolder
 from stasc.prompting import Dialogue, check_prompts
+from stasc.provenance import fingerprint
 from stasc.reward import Reward
 from stasc.rollout import Rollout
 from stasc.run import Iteration, Run, read_json, write_json, write_lines
@@ -76,12 +78,13 @@ class Experiment:
         reward: r, scores it.
         questions: ``train`` (D_0), ``validation`` if there are any, and ``test``; or one of these or
             ``predict`` alone. Only those that will be asked.
-        sampling: How training answers and corrections are drawn.
+        sampling: How training answers and corrections are drawn; None without ``train``.
         evaluation: How a model is evaluated.
         base: M_0.
         run: The run folder.
         seed: What all draws follow from.
         reuse: A run, or a folder of runs, whose draws from M_0 are taken where they answer the same request.
+        origin: What the metrics of a model folder on its own say of where they come from.
     """
 
     algorithm: Algorithm
@@ -91,12 +94,13 @@ class Experiment:
     answer: FinalAnswer
     reward: Reward
     questions: Mapping[str, Sequence[Question]]
-    sampling: Sampling
+    sampling: Sampling | None
     evaluation: Evaluation
     base: ModelFolder
     run: Run
     seed: int
     reuse: Path | None = None
+    origin: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     # ------------------------------------------------------------------ Algorithm 1: for n = 1 to N do
 
@@ -135,8 +139,10 @@ class Experiment:
             metrics = {"iteration": n, **self._validation(n)}
             if n % self.evaluation.test_every == 0 or n == self.algorithm.iterations:
                 metrics |= self._test(n)
-            self._write(path, metrics | (read_json(self.run.iteration(n).training) if n else {}))
-        return read_json(path)
+            if n:
+                metrics |= read_json(self.run.iteration(n).training, "train", "dataset", "training")
+            self._write(path, metrics | self._measured(n, metrics))
+        return read_json(path, "iteration")
 
     def choose(self) -> int | None:
         """The iteration whose corrections are best on the validation questions, once all are evaluated.
@@ -146,28 +152,43 @@ class Experiment:
         """
         if "validation" not in self.questions:
             return None
-        n = chosen([read_json(self.run.iteration(n).metrics) for n in range(self.algorithm.iterations + 1)])
+        n = chosen(
+            [
+                read_json(self.run.iteration(n).metrics, "validation")
+                for n in range(self.algorithm.iterations + 1)
+            ]
+        )
         metrics = read_json(path := self.run.iteration(n).metrics)
         if "test" not in metrics:
-            self._write(path, metrics | self._test(n))
+            metrics |= self._test(n)
+            self._write(path, metrics | self._measured(n, metrics))
         return n
 
     # ------------------------------------------------------------------ around it
 
-    def start(self, device: torch.device, log: Path) -> None:
+    def start(self, device: torch.device, log: Path, memory: int | None = None) -> None:
         """Start the engine with M_0; it gets ready while the trainer loads its model.
 
         Args:
             device: Where this process trains, and where its engine samples.
             log: What the engine itself prints.
+            memory: Bytes of the device that the engine may take; None: whatever is free.
         """
         log.parent.mkdir(parents=True, exist_ok=True)
         self.rollout = Rollout(self.sampler, self.dialogue, self.answer, self.reward, self.seed, self.context)
+        self._loaded = 0
+        self.sampler.memory = memory
         self.sampler.start(self.base.path, device=device, context=self.context, log=log)
 
     def model_folder(self, n: int) -> Path:
         """Where M_n lies."""
         return self.run.iteration(n).model if n else self.base.path
+
+    @property
+    def manual(self) -> Manual:
+        """How every M_n is asked in evaluation, for those who use it."""
+        turns = [turn.prompt for turn in self.algorithm.test_turns(1)]
+        return Manual.of_run(self.run.read_config(), turns)
 
     def probe_sequences(self) -> list[list[int]]:
         """A few token sequences on which the engine and the trainer must agree."""
@@ -190,12 +211,13 @@ class Experiment:
     def validate(self) -> tuple[list[Sequence[Trajectory]], dict[str, dict[str, float]]]:
         """M_0 on the validation questions, without files: the trajectories, and their metrics."""
         rounds = self._answers("validation", 0, "validation")
-        return rounds, {"validation": answer_metrics(rounds[0], self.algorithm.threshold)}
+        metrics = {"validation": answer_metrics(rounds[0], self.algorithm.threshold)}
+        return rounds, metrics | {"measured": dict(self.origin)}
 
     def test(self) -> tuple[list[Sequence[Trajectory]], dict[str, dict[str, float]]]:
         """M_0 on the test questions, without files: trajectories after each correction, and all metrics."""
         rounds, greedy = self._answers("test", 0, "test"), self._greedy(0, "test, greedily")
-        return rounds, self._metrics(rounds, greedy)
+        return rounds, self._metrics(rounds, greedy) | {"measured": dict(self.origin)}
 
     def predict(self) -> Sequence[Trajectory]:
         """Answers and corrections of M_0 to the ``predict`` questions, without files."""
@@ -204,8 +226,11 @@ class Experiment:
         return self._ask(0, questions, turns, sampling, "predict", journal=False)
 
     def missing(self, path: Path) -> bool:
-        """Whether a file is still to be made; rank 0 looks, so that all processes agree."""
-        return processes.from_rank_zero(not path.exists())
+        """Whether a file is still to be made; rank 0 alone looks, so that all processes agree.
+
+        On a network file system a node that looked too would go on for a while not to see the file.
+        """
+        return processes.from_rank_zero(processes.rank() == 0 and not path.exists())
 
     # ------------------------------------------------------------------ evaluation
 
@@ -223,6 +248,14 @@ class Experiment:
         rounds = self._answers("test", n, "M_{n} on test", Iteration.test_answers)
         greedy = self._greedy(n, "M_{n} on test, greedily", lambda files, _: files.test_greedy)
         return self._metrics(rounds, greedy)
+
+    def _measured(self, n: int, metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """Which model, config and questions the metrics of M_n are of; the same in every folder."""
+        groups = [name for name in ("validation", "test") if name in metrics]
+        questions = {name: fingerprint(self.questions[name]) for name in groups}
+        return {
+            "measured": {"model": f"M_{n}", "config": f"../{self.run.config.name}", "questions": questions}
+        }
 
     def _answers(
         self,
@@ -305,12 +338,14 @@ class Experiment:
 
     def load(self, n: int) -> None:
         """Have the sampler take M_n, and make sure that it did."""
-        folder = self.model_folder(n)
-        if folder != self._loaded:
-            self.sampler.load(folder)
-            if n > 0:
-                Probe.read(self.run.iteration(n).probe).check(self.sampler, folder)
-            self._loaded = folder
+        if n == self._loaded:
+            return
+        folder, before = self.model_folder(n), self.run.iteration(self._loaded).probe
+        self.sampler.load(folder)
+        if n > 0:
+            probe = Probe.read(self.run.iteration(n).probe)
+            probe.check(self.sampler, folder, Probe.read(before) if before.is_file() else None)
+        self._loaded = n
 
     def _journal(self, n: int, sampling: Sampling, stage: str) -> Journal:
         """The journal of a stage in which M_n answers; that of M_0 stays, for other runs."""
@@ -347,37 +382,68 @@ class Experiment:
         if self.missing(path):
             records = make()
             if processes.rank() == 0:
-                write_lines(path, map(to_json, records))
+                self.run.note_lines(path, write_lines(path, map(to_json, records)))
                 shutil.rmtree(self.run.draws / "under-way", ignore_errors=True)
-            processes.from_rank_zero(f"{path.name} is written")
+            processes.wait_for(path)
         return self._records(path, source)
 
     def _records(self, path: Path, source: str) -> Records[Record]:
-        """The records in a file, with the questions that were asked."""
-        return Records(path, {q.id: q for q in self.questions[source]}, f"data.{source}")
+        """The records in a file, all that were written, with the questions that were asked."""
+        questions = {question.id: question for question in self.questions[source]}
+        records = Records(path, questions, f"data.{source}")
+        written, found = self.run.lines(path), len(records)
+        if written is None and path.name != "dataset.jsonl":  # an older run; and D_n may rightly be empty
+            written = max(found, len(questions))
+        if written not in (None, found):
+            raise UserError(
+                f"{path} has {found} lines, and {written} were written: remove it, and the same command "
+                "makes it anew."
+            )
+        if self.run.lines(path) is None and processes.rank() == 0:  # killed before it could note them
+            self.run.note_lines(path, found)
+        return records
 
     def _write(self, path: Path, metrics: dict[str, Any]) -> None:
         if processes.rank() == 0:
             write_json(path, metrics)
-        processes.from_rank_zero(f"{path.name} is written")
+        processes.wait_for(path)
 
     # ------------------------------------------------------------------ checks before an engine starts
 
     def __post_init__(self) -> None:
         if self.reuse is not None and not self.reuse.is_dir():
             raise UserError(f"reuse is {self.reuse}, which is not a folder: name a run, or a folder of runs.")
-        if self.sampling.temperature == 0 and any(turn.samples > 1 for turn in self.algorithm.turns):
+        greedy = self.sampling is not None and self.sampling.temperature == 0
+        if greedy and any(turn.samples > 1 for turn in self.algorithm.turns):
             raise UserError(
                 "data.sampling.temperature is 0, so all draws of a prompt are the same: "
                 "raise it, or set algorithm.n_init and algorithm.n_corr to 1."
             )
+        self._check_models()
         learns = self.algorithm.learns if self.algorithm.iterations else set()
         asks = {turn.prompt for turn in (*self.algorithm.turns, *self.algorithm.test_turns(1))}
         check_prompts(self.dialogue.prompts, asks | learns, "data.prompts")
         check_prompts(self.training_dialogue.prompts, learns, "data.training_prompts")
-        self._loaded: Path | None = None
+        if (last := max(self.dialogue.stop_ids)) >= (vocabulary := self.base.vocabulary):
+            raise UserError(
+                f"token {last} ends a turn, and the model in {self.base.path} has {vocabulary} tokens: "
+                "correct the eos_token_id of its generation_config.json, or its tokenizer."
+            )
+        self._loaded = 0
         self.context = max(map(self._longest, self.questions))
         """Tokens that the longest prompt and its answer can take together."""
+
+    def _check_models(self) -> None:
+        """Find out whether the algorithm names models that there are by then."""
+        for n in range(self.algorithm.iterations + 1):
+            last = {"test_initial_model": n} | ({"initial_model": n - 1, "base_model": n - 1} if n else {})
+            for name, most in last.items():
+                m = getattr(self.algorithm, name)(n)
+                if type(m) is not int or not 0 <= m <= most:
+                    raise UserError(
+                        f"{type(self.algorithm).__name__}.{name}({n}) gave {m!r}: it must give the number "
+                        f"of a model that there is by then, from 0 to {most}."
+                    )
 
     def _longest(self, name: str) -> int:
         """Tokens that the longest prompt of a question set and its answer can take.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
-from jinja2 import TemplateError, meta
+from jinja2 import TemplateError, TemplateSyntaxError, meta
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
@@ -38,7 +38,10 @@ _NEEDED = {
 }
 """Placeholders without which these prompts make no sense."""
 
-_PLACEHOLDER = re.compile(r"\{(\w+)\}")
+_PLACEHOLDER = re.compile(r"\{\{(?P<literal>[A-Za-z_]\w*)\}\}|\{(?P<name>[A-Za-z_]\w*)\}")
+"""A placeholder, or a word in doubled braces, which the model reads in single ones."""
+
+_KNOWN = re.compile(r"question|reference|initial_answer|answer_[1-9]\d*")
 
 TODAY = datetime(2024, 7, 26)
 """What chat templates are told is today: the day that Llama 3's assumes where it cannot ask."""
@@ -53,16 +56,34 @@ def check_prompts(prompts: Prompts, needed: Iterable[str], option: str) -> None:
         option: What the user calls them, such as ``data.prompts``.
 
     Raises:
-        UserError: A prompt is missing or has no messages, or a message is missing a placeholder.
+        UserError: A prompt is missing or has no messages, a placeholder is missing or unknown, or nobody is
+            asked.
     """
     for name in needed:
         if not prompts.get(name):
             raise UserError(f"{option} has no {name}: the algorithm needs these messages.")
     for name, messages in prompts.items():
-        found = {match for message in messages for match in _PLACEHOLDER.findall(message.content)}
+        found = set(_placeholders(messages))
+        for number, message in enumerate(messages, start=1):
+            if not message.content.strip():
+                raise UserError(f"{option}.{name}: message {number} is empty: write it, or remove it.")
+        if messages and messages[-1].role != "user":
+            last = messages[-1].role
+            raise UserError(f"{option}.{name} ends with a message of the {last}: let it end with the user's.")
+        for placeholder in found:
+            if not _KNOWN.fullmatch(placeholder):
+                raise UserError(
+                    f"{option}.{name} has {{{placeholder}}}, which stands for nothing: correct it, or write "
+                    f"{{{{{placeholder}}}}} if the model shall read it in braces."
+                )
         for placeholder in _NEEDED.get(name, ()):
             if placeholder not in found:
                 raise UserError(f"{option}.{name} has no {{{placeholder}}}: put it into a message.")
+
+
+def _placeholders(messages: Iterable[Message]) -> list[str]:
+    found = (match["name"] for message in messages for match in _PLACEHOLDER.finditer(message.content))
+    return [name for name in found if name]
 
 
 class Dialogue:
@@ -79,8 +100,8 @@ class Dialogue:
         template: Options of the chat template, such as ``enable_thinking: false`` for Qwen3.
 
     Raises:
-        UserError: The tokenizer has no chat template or no way to end a turn, or the template does not have
-            an option.
+        UserError: The tokenizer has no chat template or no way to end a turn, or the template is broken,
+            leaves out what messages say, or does not have an option.
     """
 
     def __init__(
@@ -110,7 +131,7 @@ class Dialogue:
 
         ``{question}`` in a message stands for the question, ``{initial_answer}`` for the answer that is to be
         corrected (the last one), ``{answer_1}``, ``{answer_2}``, ... for each answer so far, and
-        ``{reference}`` for the first reference. Other words in braces stay as they are.
+        ``{reference}`` for the first reference. ``{{word}}`` is the word in single braces.
 
         Args:
             prompt: Name of the prompt.
@@ -123,18 +144,11 @@ class Dialogue:
         if not values:
             return []
         messages = self.prompts[prompt]
-        conversations = [[_fill(message, texts) for message in messages] for texts in values]
+        conversations = [[_fill(message, texts, prompt) for message in messages] for texts in values]
         if not self._keeps_system:
             conversations = [_fold_system(conversation) for conversation in conversations]
-        try:
-            return self.tokenizer.apply_chat_template(
-                conversations, add_generation_prompt=True, return_dict=False, **self._options
-            )
-        except TemplateError as error:
-            raise UserError(
-                f"the chat template of {self.tokenizer.name_or_path} refuses the messages of data.prompts "
-                f"({error}): change their roles or order."
-            ) from error
+        rendering = {"add_generation_prompt": True, "return_dict": False}
+        return self._apply(conversations, f"the messages of data.prompts.{prompt}", **rendering)
 
     def lengths(self, prompt: str, turn: int, questions: Sequence[Question]) -> tuple[list[int], int]:
         """What is known beforehand of the prompts of a turn.
@@ -149,7 +163,7 @@ class Dialogue:
         """
         unknown = (Answer("", 0, "", (), True, 0.0),) * (turn - 1)
         prompts = self.ask(prompt, [Trajectory(question, unknown) for question in questions])
-        words = [word for message in self.prompts[prompt] for word in _PLACEHOLDER.findall(message.content)]
+        words = _placeholders(self.prompts[prompt])
         return list(map(len, prompts)), sum(word in _answer_values(turn) for word in words)
 
     def example(self, example: Example) -> tuple[list[int], list[int]]:
@@ -173,7 +187,13 @@ class Dialogue:
     def _template_options(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
         """What the template is rendered with beside the messages."""
         source = self.tokenizer.get_chat_template()
-        environment = _compile_jinja_template(source).environment  # with the tags that transformers adds
+        try:
+            environment = _compile_jinja_template(source).environment  # with the tags that transformers adds
+        except TemplateSyntaxError as error:
+            raise UserError(
+                f"the chat template of {self.tokenizer.name_or_path}, line {error.lineno}: this is no Jinja "
+                f"({error.message}): mend it, or take the model's own."
+            ) from error
         # A template ignores what it does not use. These are all names that it may look up, and some more.
         names = meta.find_undeclared_variables(environment.parse(source)) - set(environment.globals)
         for name in chosen:
@@ -187,17 +207,33 @@ class Dialogue:
     def _template_keeps_system(self) -> bool:
         probe = [{"role": "system", "content": "SYSTEM-PROBE"}, {"role": "user", "content": "x"}]
         try:
-            return "SYSTEM-PROBE" in self._text(probe)
-        except TemplateError:
+            return "SYSTEM-PROBE" in self._apply(probe, "a system message", tokenize=False)
+        except UserError:
             return False
 
-    def _text(self, messages: list[dict[str, str]]) -> str:
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, **self._options)
+    def _apply(self, messages: Any, what: str, **rendering: Any) -> Any:
+        """Messages as the chat template renders them; ``what`` is what to call them."""
+        template = f"the chat template of {self.tokenizer.name_or_path}"
+        try:
+            return self.tokenizer.apply_chat_template(messages, **rendering, **self._options)
+        except TemplateError as error:
+            raise UserError(f"{template} refuses {what} ({error}): change their roles or order.") from error
+        except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
+            kind = type(error).__name__
+            raise UserError(f"{template} fails on {what} ({kind}: {error}): mend the template.") from error
 
     def _find_end_of_turn(self) -> int:
         """The first special token after an assistant's words in the template, else the tokenizer's eos."""
-        probe = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "ANSWER-PROBE"}]
-        _, _, rest = self._text(probe).rpartition("ANSWER-PROBE")
+        question, answer = (" ".join([word] * 40) for word in ("Question-probe", "Answer-probe"))
+        probe = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        text = self._apply(probe, "a question and its answer", tokenize=False)
+        for content in (question, answer):
+            if content not in text:
+                raise UserError(
+                    f"the chat template of {self.tokenizer.name_or_path} leaves out or changes what messages "
+                    "say: mend it, or take the model's own."
+                )
+        _, _, rest = text.rpartition(answer)
         for token_id in self.tokenizer.encode(rest, add_special_tokens=False):
             added = self.tokenizer.added_tokens_decoder.get(token_id)
             if added is not None and added.special:
@@ -210,10 +246,19 @@ class Dialogue:
         return self.tokenizer.eos_token_id
 
 
-def _fill(message: Message, values: Mapping[str, str]) -> dict[str, str]:
+def _fill(message: Message, values: Mapping[str, str], prompt: str) -> dict[str, str]:
+    def text(match: re.Match[str]) -> str:
+        if match["literal"]:
+            return f"{{{match['literal']}}}"
+        if match["name"] not in values:
+            raise UserError(
+                f"data.prompts.{prompt} has {{{match['name']}}}, which is not known where it is asked "
+                f"(there are {', '.join(values)}): remove it, or ask it after another turn."
+            )
+        return values[match["name"]]
+
     # One pass, so that a question which itself contains "{initial_answer}" stays as it is.
-    content = _PLACEHOLDER.sub(lambda match: values.get(match[1], match[0]), message.content)
-    return {"role": message.role, "content": content}
+    return {"role": message.role, "content": _PLACEHOLDER.sub(text, message.content)}
 
 
 def _values(trajectory: Trajectory) -> dict[str, str]:

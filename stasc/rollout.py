@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
-
-from tqdm.auto import tqdm
 
 from stasc import processes
 from stasc.algorithm import Turn
 from stasc.answers import FinalAnswer
 from stasc.errors import UserError
+from stasc.progress import Progress
 from stasc.prompting import Dialogue
 from stasc.reward import Reward
 from stasc.sampling import Draw, Request, Sampler, Sampling
@@ -33,7 +33,8 @@ class Rollout:
         sampler: Started, with weights loaded.
         dialogue: Renders the prompts.
         answer: Finds the answer in a completion.
-        reward: Scores it, as it comes from the engine.
+        reward: Scores it, as it comes from the engine. Without one rewards are NaN, and no answer is looked
+            for.
         seed: Of the run. Every draw follows from it, the stage, the prompt's name, the question and the
             numbers of the answers before.
         context: Tokens that a prompt and its answer can take together.
@@ -43,8 +44,8 @@ class Rollout:
         self,
         sampler: Sampler,
         dialogue: Dialogue,
-        answer: FinalAnswer,
-        reward: Reward,
+        answer: FinalAnswer | None,
+        reward: Reward | None,
         seed: int,
         context: int,
     ) -> None:
@@ -138,12 +139,12 @@ class Rollout:
         share = list(missing)[rank :: processes.count()]
         scored = {i: self._score(draws, questions[i]) for i, draws in known.items() if i not in missing}
         mine, tokens = {}, 0
-        with tqdm(
-            total=sum(missing[i].n for i in share),
-            desc=title,
-            unit=" completions",
-            disable=rank > 0 or not share,
-        ) as bar:
+        if share:
+            with Progress("the engine gets ready"):
+                self.sampler.wait()
+        if processes.count() > 1:
+            title += f", process 1 of {processes.count()}"
+        with Progress(title, sum(missing[i].n for i in share)) as progress:
             for at, draws in self.sampler.sample(
                 [missing[i] for i in share], sampling, self.dialogue.stop_ids
             ):
@@ -153,11 +154,10 @@ class Rollout:
                 if journal:
                     journal.add(requests[i], drawn)
                 tokens += sum(len(draw.token_ids) for draw in draws)
-                bar.update(len(draws))
-                rate = f"{tokens / max(bar.format_dict['elapsed'], 1e-9):,.0f} tokens/s"
+                rate = f"{tokens / max(progress.seconds, 1e-9):,.0f} tokens/s"
                 if self.sampler.prefix_hits is not None:
-                    rate += f", {self.sampler.prefix_hits:.0%} of prompts cached"
-                bar.set_postfix_str(rate, refresh=False)
+                    rate += f", {self.sampler.prefix_hits:.0%} cached"
+                progress.update(len(draws), rate)
         for others in processes.from_all_ranks(mine):
             scored |= others
         return [scored[i] for i in range(len(requests))]
@@ -166,11 +166,22 @@ class Rollout:
         scored = []
         for draw in draws:
             text = self.dialogue.decode(draw.token_ids)
-            reward = self.reward.judge(self.answer.find(text), question)
-            if not isinstance(reward, int | float) or not 0 <= reward <= 1:  # nan is refused, too
-                raise UserError(
-                    f"the reward {type(self.reward).__name__} gave {reward!r} for an answer to question "
-                    f"'{question.id}': it must give a number from 0 to 1."
-                )
-            scored.append((draw, text, float(reward)))
+            scored.append((draw, text, self._reward(text, question) if self.reward else math.nan))
         return scored
+
+    def _reward(self, text: str, question: Question) -> float:
+        try:
+            answer = self.answer.find(text)
+            if not isinstance(answer, str):
+                name = type(self.answer).__name__
+                raise UserError(f"{name}.find gave {answer!r} for a completion: it must give a text.")
+            reward = self.reward.judge(answer, question)
+        except Exception as error:
+            error.add_note(f"on an answer to question '{question.id}'")
+            raise
+        if not isinstance(reward, int | float) or not 0 <= reward <= 1:  # nan is refused, too
+            raise UserError(
+                f"the reward {type(self.reward).__name__} gave {reward!r} for an answer to question "
+                f"'{question.id}': it must give a number from 0 to 1."
+            )
+        return float(reward)

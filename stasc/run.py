@@ -6,14 +6,17 @@ flushed to disk, and renamed, so a kill at any moment leaves a stage either done
 
 from __future__ import annotations
 
+import fcntl
 import json
+import math
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -35,6 +38,12 @@ class FirstUse:
         """Whether a run has come that far."""
         return any(True for file in self.files for _ in folder.glob(file))
 
+
+WRITTEN_ANEW = (
+    "put it back, or remove its iteration's folder, those of later ones and checkpoints, and the same "
+    "command goes on from there"
+)
+"""What to do about a file of an iteration that was damaged."""
 
 NEVER = FirstUse()
 START = FirstUse("iteration-*/*")
@@ -92,12 +101,14 @@ class Iteration:
     def __init__(self, run_dir: Path, n: int) -> None:
         self.n = n
         self.folder = run_dir / f"iteration-{n:02d}"
+        self.lines = self.folder / "lines.json"
+        """How many lines were written to each of the files of answers and of D_n."""
         self.dataset = self.folder / "dataset.jsonl"
         """D_n: what is learnt of the trajectories."""
         self.training = self.folder / "training.json"
         """Rewards of the trajectories, what D_n holds, and how the fine-tuning went."""
         self.probe = self.folder / "probe.json"
-        """Log-probabilities of a few fixed sequences under M_n while it is still in the trainer."""
+        """Log-probabilities of a few fixed sequences under M_n while it is still in the trainer, or M_0's."""
         self.model = self.folder / "model"
         """M_n as a Hugging Face folder."""
         self.validation = self.folder / "validation.jsonl"
@@ -123,10 +134,13 @@ class Run:
         self.folder = Path(folder)
         self.config = self.folder / "config.yaml"
         self.system = self.folder / "system.json"
+        self.starts = self.folder / "starts.json"
+        """Each start of the program: when, which versions, on what, with which model and questions."""
         self.checkpoints = self.folder / "checkpoints"
         self.last_checkpoint = self.checkpoints / "last.ckpt"
         self.draws = self.folder / "draws"
         """Draws of the stage under way, and all draws of M_0."""
+        self._lock: IO[str] | None = None
 
     def iteration(self, n: int) -> Iteration:
         """The files of iteration ``n``."""
@@ -144,18 +158,56 @@ class Run:
             UserError: The file is missing or damaged.
         """
         try:
-            return SystemRecord(**json.loads(self.system.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
+            record = SystemRecord(**json.loads(self.system.read_text(encoding="utf-8")))
+            kinds = (str, int, (int, float), bool, int, dict)
+            for (name, value), kind in zip(vars(record).items(), kinds, strict=True):
+                if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+                    raise ValueError(f"{name} is {value!r}")
+            if record.iterations < 0 or not math.isfinite(record.threshold):
+                raise ValueError(f"iterations is {record.iterations}, and threshold {record.threshold}")
+            return record
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise UserError(
                 f"{self.system} cannot be read ({' '.join(str(error).split())}): it is written when a run "
                 "starts, so start the run again with the same command."
             ) from error
+
+    def lock(self) -> None:
+        """Keep all others from running in this folder until this process ends or the object is gone.
+
+        The lock is the kernel's, on the file ``lock``. It ends with the process, however that ends, and no
+        engine or rank inherits it, so what a killed run has left behind does not hold up the next start. Over
+        NFS it keeps other machines out too, unless the folder is mounted with ``nolock`` or ``local_lock``:
+        then it holds on each machine for itself.
+
+        Raises:
+            UserError: Another process holds the lock, or the file system has no locks.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = (self.folder / "lock").open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise UserError(
+                f"{self.folder} has a run under way ({file.read().strip() or 'just started'}): wait for its "
+                "end or stop it, or choose another --run_dir."
+            ) from error
+        except OSError as error:
+            raise UserError(
+                f"{self.folder} cannot be locked ({error.strerror}): choose a --run_dir on a file system "
+                "that has locks."
+            ) from error
+        file.truncate(0)
+        print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
+        self._lock = file
 
     def claim(
         self,
         config: dict[str, Any],
         system: SystemRecord,
         first_use: Callable[[str, Any, Any], FirstUse],
+        start: dict[str, Any],
     ) -> None:
         """Make this the folder of a run with ``config``, or find that it is already.
 
@@ -164,17 +216,23 @@ class Run:
             system: What there is to say of it.
             first_use: From where on it matters that an option, by dotted name, was changed from one value to
                 another.
+            start: What there is to say of this start of the program.
 
         Raises:
             UserError: The folder belongs to a run whose results follow from another configuration.
         """
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"run_dir is {self.folder}, which is a file: name a folder.")
+        for place in (self.checkpoints, self.tensorboard, self.draws):
+            if place.exists() and not place.is_dir():
+                raise UserError(f"{place} is a file where a run has a folder: choose another --run_dir.")
         if self.config.is_file():
             if not self.system.is_file() and START.reached(self.folder):
                 raise UserError(
                     f"{self.folder} holds a run of an earlier version of stasc: choose another --run_dir, or "
                     "remove that folder."
                 )
-            before, now = flatten(yaml.safe_load(self.config.read_text(encoding="utf-8"))), flatten(config)
+            before, now = flatten(self.read_config()), flatten(config)
             for option in sorted(before.keys() | now.keys()):
                 old, new = before.get(option), now.get(option)
                 if old != new and first_use(option, old, new).reached(self.folder):
@@ -185,8 +243,46 @@ class Run:
                     )
         elif self.folder.is_dir() and any(self.folder.glob("iteration-*")):
             raise UserError(f"{self.folder} holds a run without its config.yaml: choose another --run_dir.")
-        write_lines(self.config, yaml.safe_dump(config, sort_keys=False, allow_unicode=True).splitlines())
-        write_json(self.system, vars(system))
+        try:
+            write_lines(self.config, yaml.safe_dump(config, sort_keys=False, allow_unicode=True).splitlines())
+            write_json(self.system, vars(system))
+            before = read_json(self.starts, "starts")["starts"] if self.starts.is_file() else []
+            write_json(self.starts, {"starts": [*before, start]})
+        except OSError as error:
+            raise UserError(
+                f"run_dir {self.folder} cannot be written to ({error.strerror}): see to that, or "
+                "choose another."
+            ) from error
+
+    def read_config(self) -> dict[str, Any]:
+        """The configuration of the run that is here.
+
+        Raises:
+            UserError: It cannot be read.
+        """
+        try:
+            config = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+            if not isinstance(config, dict):
+                raise ValueError("it is no mapping")
+        except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+            raise UserError(
+                f"{self.config} cannot be read ({' '.join(str(error).split())}): put back what was there, or "
+                "choose another --run_dir."
+            ) from error
+        return config
+
+    @staticmethod
+    def lines(path: Path) -> int | None:
+        """How many lines were written to a file of an iteration; None if that was not noted."""
+        noted = path.parent / "lines.json"
+        return read_json(noted).get(path.name) if noted.is_file() else None
+
+    @staticmethod
+    def note_lines(path: Path, count: int) -> None:
+        """Note how many lines were written to a file of an iteration: one that was cut does not say so."""
+        noted = path.parent / "lines.json"
+        before = read_json(noted) if noted.is_file() else {}
+        write_json(noted, dict(sorted({**before, path.name: count}.items())))
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -200,16 +296,13 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Write a text file as a whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".tmp")
-    with unfinished.open("w", encoding="utf-8", newline="\n") as file:
-        file.writelines(f"{line}\n" for line in lines)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
-    _sync(path.parent)
+def write_lines(path: Path, lines: Iterable[str]) -> int:
+    """Write a text file as a whole or not at all; how many lines it has."""
+    count = 0
+    with write_file(path, "w", encoding="utf-8", newline="\n") as file:
+        for count, line in enumerate(lines, start=1):  # noqa: B007
+            file.write(f"{line}\n")
+    return count
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -217,23 +310,51 @@ def write_json(path: Path, value: Any) -> None:
     write_lines(path, [json.dumps(value, indent=2)])
 
 
-def read_json(path: Path) -> Any:
-    """What ``write_json`` wrote."""
-    return json.loads(path.read_text(encoding="utf-8"))
+def read_json(path: Path, *names: str) -> dict[str, Any]:
+    """The mapping that ``write_json`` wrote.
+
+    Raises:
+        UserError: It cannot be read, or has nothing by one of ``names``.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} cannot be read ({reason}): {WRITTEN_ANEW}.") from error
+    if not isinstance(content, dict) or not content.keys() >= set(names):
+        raise UserError(f"{path} does not hold what was written to it: {WRITTEN_ANEW}.")
+    return content
+
+
+@contextmanager
+def write_file(path: Path, mode: str, **options: Any) -> Iterator[IO[Any]]:
+    """Give a file to fill, opened as by ``open``, which becomes ``path`` at the end if nothing went wrong."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".tmp")
+    with unfinished.open(mode, **options) as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+    _sync(path.parent)
 
 
 @contextmanager
 def write_folder(folder: Path) -> Iterator[Path]:
-    """Give an empty folder to fill, which becomes ``folder`` at the end if nothing went wrong."""
-    unfinished = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    """Give an empty folder to fill, which takes the place of ``folder`` at the end if nothing went wrong."""
+    unfinished, replaced = (folder.with_name(folder.name + suffix) for suffix in (".tmp", ".old"))
+    for leftover in (unfinished, replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
     unfinished.mkdir(parents=True)
     yield unfinished
     for path in sorted(unfinished.rglob("*")):
         _sync(path)
     _sync(unfinished)
+    if folder.exists():  # a folder that is not empty cannot be replaced in one step
+        folder.replace(replaced)
     unfinished.replace(folder)
     _sync(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

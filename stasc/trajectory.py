@@ -8,6 +8,7 @@ before; the paper's have two.
 from __future__ import annotations
 
 import json
+import math
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -49,7 +50,7 @@ class Answer:
         text: The answer as text.
         token_ids: The sampled ids, without the token that ended the turn.
         finished: Whether there was such a token; False where the answer was cut at the token limit.
-        reward: r(y).
+        reward: r(y); NaN where nobody scores it.
     """
 
     prompt: str
@@ -143,13 +144,16 @@ def to_json(record: Trajectory | Example) -> str:
 
 
 def from_json(line: str) -> Trajectory | Example:
-    """The record that ``to_json`` wrote as ``line``."""
+    """The record that ``to_json`` wrote as ``line``; ValueError, KeyError or TypeError if it did not."""
     fields: dict[str, Any] = json.loads(line)
     question = fields["question"]
     trajectory = Trajectory(
         Question(question["id"], question["text"], tuple(question["references"])),
         tuple(Answer(**{**answer, "token_ids": tuple(answer["token_ids"])}) for answer in fields["answers"]),
     )
+    for answer in trajectory.answers:
+        if not isinstance(answer.text, str) or not math.isfinite(answer.reward):
+            raise ValueError("an answer has no text, or no number as its reward")
     return Example(trajectory, **fields["learn"]) if "learn" in fields else trajectory
 
 
@@ -164,7 +168,7 @@ class Records(Sequence[Record], Generic[Record]):
         source: Where those come from, such as ``data.train``.
 
     Raises:
-        UserError: When a line is read whose question is none of them.
+        UserError: When a line is read that is broken, or whose question is none of them.
     """
 
     def __init__(
@@ -186,15 +190,21 @@ class Records(Sequence[Record], Generic[Record]):
     def __getitem__(self, index: int) -> Record:
         with self.path.open("rb") as lines:
             lines.seek(self._offsets[index])
-            return self._parse(lines.readline().decode())
+            return self._parse(lines.readline(), range(len(self))[index] + 1)
 
     def __iter__(self) -> Iterator[Record]:
-        with self.path.open(encoding="utf-8", newline="\n") as lines:
-            for line in lines:
-                yield self._parse(line)
+        with self.path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                yield self._parse(line, number)
 
-    def _parse(self, line: str) -> Record:
-        record = from_json(line)
+    def _parse(self, line: bytes, number: int) -> Record:
+        try:
+            record = from_json(line.decode())
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(
+                f"{self.path}, line {number}: this is no record that was written there: remove the file, and "
+                "the same command makes it anew."
+            ) from error
         if self.questions is None:
             return record
         trajectory = record.trajectory if isinstance(record, Example) else record

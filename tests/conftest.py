@@ -17,6 +17,9 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import Phi3Config, Phi3ForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from data import smollm2
+from stasc.manual import Manual
+from stasc.prompting import Message
+from stasc.sampling import Sampling
 from stasc.trajectory import Answer, Question, Trajectory
 
 ROOT = Path(__file__).parent.parent
@@ -50,6 +53,17 @@ NO_SYSTEM_TEMPLATE = (
     "{{ '<turn>' + message['role'] + '\\n' + message['content'] + '</turn>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<turn>assistant\\n' }}{% endif %}"
 )
+MANUAL = Manual(
+    turns=["initial", "correction"],
+    prompts={
+        "initial": [Message("system", "Be short."), Message("user", "{question}")],
+        "correction": [Message("user", "{question}\n{initial_answer}\n\nCorrect it.")],
+    },
+    sampling=Sampling(temperature=1.0, top_p=1.0, max_tokens=8),
+    answer={"class_path": "stasc.answers.LastNumber"},
+)
+"""How the tiny models below are asked."""
+
 TEMPLATES = {
     "qwen2": (QWEN_TEMPLATE, "<|im_end|>", ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]),
     "phi3": (PHI3_TEMPLATE, "<|endoftext|>", ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]),

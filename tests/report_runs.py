@@ -104,6 +104,7 @@ def make_run(
         | {option.replace("__", "."): value for option, value in options.items()},
     )
     write_json(Run(folder).system, vars(system))
+    write_lines(Run(folder).config, [f"seed_everything: {seed}"])
     return folder
 
 

@@ -123,9 +123,9 @@ def test_only_the_oracle_asks_the_reward_before_it_goes_on():
     assert [system.uses_references for system in (STaSC(), SelfRefine(), Reflexion())] == [False, False, True]
 
 
-def test_the_readmes_own_system():
-    readme = (ROOT / "README.md").read_text()
-    code = re.search(r"```python\n(.*?class ThirdLook.*?)```", readme, re.DOTALL)[1]
+def test_the_docs_own_system():
+    page = (ROOT / "docs/system.md").read_text()
+    code = re.search(r'```python title="my_systems.py"\n(.*?)```', page, re.DOTALL)[1]
     scope: dict = {}
     exec(code, scope)
     system = scope["ThirdLook"](n_init=2)

@@ -1,9 +1,12 @@
 """The command line as a user meets it: bad input ends in one sentence, status 2, and nothing written."""
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,7 +16,7 @@ from conftest import ROOT, tiny_model
 from transformers import BloomConfig
 
 from stasc.__main__ import main
-from stasc.cli import RENAMED
+from stasc.refusals import RENAMED
 
 GOOD = {"question": "What are the last letters of Tim, Ruth and Olaf?", "references": ["m-h-f"]}
 
@@ -67,25 +70,25 @@ def jsonl(path, *rows: object):
         (
             "algorithm.variant",
             "XYZ",
-            "'FIF', 'FIE', 'FNF', 'FNE', 'EIF', 'EIE', 'ENF', 'ENE']. Got value: XYZ",
+            "algorithm.variant cannot be XYZ: it must be one of 'FIF', 'FIE', 'FNF', 'FNE', 'EIF', 'EIE'",
         ),
         ("algorithm.n_init", 0, "algorithm.n_init is 0: it must be 1 or more"),
         ("algorithm.n_int", 3, "Option 'n_int' is not accepted"),
-        ("algorithm", "null", 'Parser key "algorithm"'),
+        ("algorithm", "null", "algorithm: "),
         ("data.batches.size", 0, "data.batches.size is 0"),
         ("data.batches.token_budget", 0, "data.batches.token_budget is 0"),
         ("data.evaluation.samples", 0, "data.evaluation.samples is 0"),
         ("data.evaluation.test_every", 0, "data.evaluation.test_every is 0"),
         ("data.validation", 1.5, "data.validation is 1.5, which takes 750 of the 500 training questions"),
         ("data.reward.marker", "x", "rewards have no marker any more: set data.answer to stasc.answers."),
-        ("trainer.max_epochs", 3, "trainer.max_epochs is not for you to set: it follows from algorithm."),
+        ("trainer.max_epochs", 3, "trainer.max_epochs is 3, which is not for you to set: how long a run"),
         ("data.sampling.temperature", 0, "data.sampling.temperature is 0, so all draws"),
         ("data.sampling.top_p", 1.5, "top_p is 1.5: it must lie in (0, 1]"),
         ("model.base", "./nowhere", "model.base ./nowhere does not exist"),
         ("model.base", "nobody/nothing", "model.base 'nobody/nothing' is not a folder here, and the Hugging"),
         ("model.learning_rate", -1, "model.learning_rate is -1.0: it must be above 0"),
         ("model.template", "{enable_thinking: false}", "model.template has 'enable_thinking', which is no"),
-        ("sampler", "NoSampler", 'Parser key "sampler"'),
+        ("sampler", "NoSampler", "sampler cannot be NoSampler: it must be a class path"),
         ("reuse", "./nowhere", "reuse is nowhere, which is not a folder: name a run, or a folder of runs"),
         ("seed_everything", "false", "seed_everything is False: it must be a number"),
         ("trainer.devices", 999, "trainer.devices is 999 and this machine has"),
@@ -95,8 +98,61 @@ def jsonl(path, *rows: object):
             "trainer.logger has save_dir x: ",
         ),
         ("trainer.precision", "bf16-true", "trainer.precision is bf16-true, which rounds small updates away"),
-        ("trainer.strategy", "no_such", "strategy='no_such'"),
+        ("trainer.strategy", "no_such", "trainer.strategy is 'no_such': it must be one of auto, ddp"),
         ("trainer.reload_dataloaders_every_n_epochs", 0, "trainer.reload_dataloaders_every_n_epochs"),
+        (
+            "trainer.limit_train_batches",
+            1,
+            "trainer.limit_train_batches is 1, which is not for you to set: every",
+        ),
+        (
+            "trainer.max_steps",
+            1,
+            "trainer.max_steps is 1, which is not for you to set: how long a run trains",
+        ),
+        ("trainer.max_time", "00:00:01:00", "trainer.max_time is 00:00:01:00, which is not for you to set"),
+        ("trainer.fast_dev_run", "true", "trainer.fast_dev_run is True, which is not for you to set"),
+        ("trainer.val_check_interval", 0.5, "trainer.val_check_interval is 0.5, which is not for you to set"),
+        ("trainer.gradient_clip_val", -1, "trainer.gradient_clip_val is -1: it must be 0 or more"),
+        (
+            "trainer.gradient_clip_val",
+            "nan",
+            "trainer.gradient_clip_val cannot be nan: it must be a number or",
+        ),
+        ("trainer.gradient_clip_val", ".nan", "trainer.gradient_clip_val is nan"),
+        ("trainer.accumulate_grad_batches", 0, "trainer.accumulate_grad_batches is 0: it must be 1 or more"),
+        ("trainer.devices", 0, "trainer.devices is 0: give the number of devices, 1 or more"),
+        (
+            "trainer.num_nodes",
+            2,
+            "trainer.num_nodes is 2, and nothing has started processes on other machines",
+        ),
+        (
+            "trainer.accelerator",
+            "abacus",
+            "trainer.accelerator is 'abacus': it must be one of auto, gpu, cpu",
+        ),
+        ("trainer.precision", "half", "trainer.precision cannot be half: it must be one of '"),
+        ("trainer.logger", "no.Logger", "trainer.logger: no.Logger cannot be used (No module named 'no')"),
+        (
+            "trainer.callbacks",
+            "EarlyStopping",
+            "EarlyStopping cannot be used (the following arguments are req",
+        ),
+        (
+            "algorithm.threshold",
+            2,
+            "algorithm.threshold is 2.0: it must be above 0 and, as rewards are, at most 1",
+        ),
+        ("model.weight_decay", -1, "model.weight_decay is -1.0: it must be 0 or more"),
+        ("model.learning_rate", ".nan", "model.learning_rate is nan: give a number"),
+        ("seed_everything", -1, "seed_everything is -1: it must be a number from 0 to 4294967295"),
+        ("seed_everything", "true", "seed_everything is True: it must be a number"),
+        ("run_dir", "", "run_dir is empty: name a folder"),
+        ("run_dir", "/dev/null", "run_dir is /dev/null, which is a file"),
+        ("run_dir", "/proc/nowhere", "run_dir /proc/nowhere cannot be written to"),
+        ("ckpt_path", "last.ckpt", "ckpt_path is not for you to set"),
+        ("modle.base", "demo", "unrecognized arguments: --modle.base"),
     ],
 )
 def test_a_wrong_option_is_named(refused, option, value, sentence):
@@ -109,6 +165,134 @@ def test_a_logger_whose_package_is_missing_is_named(refused):
     sentence = f"{wandb} needs a package that is not installed: pip install 'wandb>="
     assert sentence in refused("--trainer.logger", wandb)
     assert sentence in refused("--trainer.logger", f"[callbacks.Curves, {wandb}]")
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"run_dir: caf\xe9\n", "is not UTF-8 text: save it as UTF-8"),
+        (b"", "is empty: write one option a line"),
+        (b"- 1\n", "has no options: write one option a line"),
+        (b"model: {learning_rate: [1\n", ", line 2: this is not YAML that can be read here"),
+        (b"model: {base: a, base: b}\n", ", line 1: 'base' is there twice: remove one of them"),
+        (b"model: &m {template: *m}\n", ", line 1: this value contains itself"),
+        (
+            b"a: &a [x, x, x, x, x, x, x, x]\n"
+            + b"".join(
+                b"%c: &%c [%s]\n" % (n, n, b", ".join([b"*%c" % (n - 1)] * 8)) for n in range(98, 107)
+            ),
+            "its aliases stand for more than 1,000,000 values",
+        ),
+        (
+            b"model: {learning_rate: fast}\n",
+            "model.learning_rate (in {path}) cannot be fast: it must be a number",
+        ),
+        (b"modle: {base: demo}\n", "there is no option modle.base (in {path})"),
+        (
+            b"model: {base: 'a\\0b'}\n".replace(b"'", b'"').replace(b"\\\\", b"\\"),
+            "model.base has a zero byte",
+        ),
+    ],
+)
+def test_a_broken_config_is_named_among_several(refused, tmp_path, content, sentence):
+    good, path = tmp_path / "good.yaml", tmp_path / "broken.yaml"
+    good.write_text("model: {weight_decay: 0.2}\n")
+    path.write_bytes(content)
+    refusal = refused("--config", path, "--config", good)
+    assert sentence.format(path=path) in refusal
+    assert "zero byte" in sentence or str(path) in refusal
+
+
+PROMPTS = {
+    "initial": [{"role": "user", "content": "{question}"}],
+    "correction": [{"role": "user", "content": "{question} {initial_answer}"}],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "messages", "sentence"),
+    [
+        (
+            "initial",
+            ["{question} {questoin}"],
+            "data.prompts.initial has {questoin}, which stands for nothing",
+        ),
+        ("initial", ["{question} {answer_1}"], "has {answer_1}, which is not known where it is asked"),
+        (
+            "correction",
+            ["{question} {initial_answer} {answer_2}"],
+            "has {answer_2}, which is not known where",
+        ),
+        ("initial", ["{question}", " "], "data.prompts.initial: message 2 is empty"),
+        ("initial", "{question}", "data.prompts cannot be {question}: it must be a list"),
+    ],
+)
+def test_a_mistake_in_the_prompts_is_named(refused, tmp_path, name, messages, sentence):
+    if isinstance(messages, list):
+        messages = [{"role": "user", "content": content} for content in messages]
+    path = tmp_path / "prompts.yaml"
+    path.write_text(yaml.safe_dump({**PROMPTS, name: messages}))
+    assert sentence in refused("--data.prompts", path)
+
+
+def test_a_prompt_that_is_there_twice_is_refused(refused, tmp_path):
+    path = tmp_path / "prompts.yaml"
+    path.write_text(yaml.safe_dump(PROMPTS) + yaml.safe_dump({"initial": PROMPTS["initial"]}))
+    assert "prompts.yaml, line 7: 'initial' is there twice" in refused("--data.prompts", path)
+
+
+@pytest.mark.parametrize(
+    ("option", "class_path", "sentence"),
+    [
+        (
+            "data.train",
+            "users_mistakes.RaisesInLoad",
+            "RaisesInLoad.load of yours failed (IndexError: list index",
+        ),
+        (
+            "data.train",
+            "users_mistakes.RaisesInInit",
+            "RaisesInInit.__init__ of yours failed (KeyError: 'size')",
+        ),
+        (
+            "data.train",
+            "users_mistakes.GivesTuples",
+            "data.train: GivesTuples.load, question 2: this is a tuple",
+        ),
+        (
+            "data.train",
+            "users_mistakes.GivesNothing",
+            "GivesNothing.load gave a NoneType: it must return a list",
+        ),
+        (
+            "data.train",
+            "users_mistakes.GivesAnIdTwice",
+            "GivesAnIdTwice.load, question 2: the id '1' was there",
+        ),
+        ("data.train", "users_mistakes.GivesListsOfReferences", "its references must be a tuple of texts"),
+        (
+            "data.train",
+            "users_mistakes.GivesHalfACharacter",
+            "question 1: its text has half a character, U+D83D",
+        ),
+        (
+            "algorithm",
+            "users_mistakes.NamesNoModel",
+            "NamesNoModel.initial_model(1) gave None: it must give the",
+        ),
+        (
+            "trainer.callbacks",
+            "users_mistakes.RaisesAtOnce",
+            "RaisesAtOnce cannot be used (division by zero)",
+        ),
+    ],
+)
+def test_a_mistake_in_the_users_own_code_is_named(refused, option, class_path, sentence):
+    refusal = refused(f"--{option}", class_path)
+    assert sentence in refusal
+    assert "of yours failed" not in refusal or re.search(
+        r"see .*users_mistakes\.py, line \d+\.$", refusal.strip()
+    )
 
 
 @pytest.mark.parametrize(
@@ -239,6 +423,23 @@ def test_top_level_help_loads_no_library():
     assert "jsonargparse" not in process.stderr
 
 
+def test_help_has_the_options_of_the_method_and_says_where_the_others_are(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["stasc", "fit", "--help"])
+    main()
+    shown = capsys.readouterr().out
+    options = ["algorithm.variant", "algorithm.n_init", "data.sampling.temperature", "model.base"]
+    options += ["sampler.kv_cache_gib", "run_dir"]
+    places = [shown.index(f"--{option} ") for option in options]
+    assert places == sorted(places)
+    assert "N_init, initial answers sampled for each question." in shown
+    assert "--trainer" not in shown
+    assert "python -m stasc fit --help all" in " ".join(shown.split())
+    monkeypatch.setattr(sys, "argv", ["stasc", "fit", "--help", "all"])
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    assert "--trainer.max_epochs" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_printed_config_is_a_config(stasc, tmp_path):
     first = stasc(
@@ -250,6 +451,10 @@ def test_printed_config_is_a_config(stasc, tmp_path):
     second = stasc("fit", "--config", path, "--print_config")
     assert second.stdout == first.stdout
     assert yaml.safe_load(first.stdout)["algorithm"]["init_args"]["variant"] == "FNF"
+    short = stasc("fit", "--config", path, "--print_config=skip_default")
+    assert len(short.stdout) < len(first.stdout) / 2
+    path.write_text(short.stdout)
+    assert stasc("fit", "--config", path, "--print_config").stdout == first.stdout
 
 
 @pytest.mark.slow
@@ -261,12 +466,22 @@ def test_a_model_folder_is_evaluated_and_answers_questions(stasc, tmp_path):
     columns = {"question": "text", "references": "answer", "path": str(path)}
     common = ["--config", ROOT / "configs/quickstart.yaml", "--run_dir", tmp_path / "run"]
     common += ["--model.base", model, "--sampler", "TransformersSampler"]
-    for split in ("train", "test", "predict"):
+    for split in ("train", "validation", "test", "predict"):
         common += [f"--data.{split}", json.dumps({"class_path": "data.QuestionFile", "init_args": columns})]
     for command in ("validate", "test"):
         process = stasc(command, *common)
         assert process.returncode == 0, process.stderr
-        assert "wrong_to_right" in process.stdout
+        table = process.stdout.splitlines()[-2:]
+        assert table[0].split()[:2] == ["r(Y1)", "r(Y2)"]
+        name = {"validate": "validation", "test": "test"}[command]
+        metrics = json.loads((tmp_path / "run" / f"{command}.metrics.json").read_text())
+        measured, metrics = metrics["measured"], metrics[name]
+        assert measured["model"] == {"base": str(model), "folder": str(model), "revision": None}
+        assert measured["questions"][name]["count"] == 5
+        assert measured["config"]["data"][name]["init_args"]["path"] == str(path)
+        assert measured["libraries"]["torch"] == version("torch")
+        assert table[1].split()[:3] == [name, f"{metrics['r1']:.3f}", f"{metrics['r2']:.3f}"]
+        assert "test_step" not in process.stdout
         trajectories = [json.loads(line) for line in (tmp_path / "run" / f"{command}.jsonl").open()]
         assert [t["question"]["text"] for t in trajectories] == [row["text"] for row in rows]
     process = stasc("predict", *common, "--data.output", tmp_path / "out.jsonl")
@@ -278,11 +493,11 @@ def test_a_model_folder_is_evaluated_and_answers_questions(stasc, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_readmes_own_task(stasc, tmp_path):
-    """The lines that the README tells a user to write, laid over one of the paper's configs."""
+def test_the_docs_own_task(stasc, tmp_path):
+    """The lines that docs/task.md tells a user to write, laid over one of the paper's configs."""
     path = jsonl(tmp_path / "mine.jsonl", *({"question": f"Why {i}?", "answers": ["a"]} for i in range(3)))
-    readme = (ROOT / "README.md").read_text()
-    lines = re.search(r"```yaml\n(data:\n  train:.*?)```", readme, re.DOTALL)[1]
+    page = (ROOT / "docs/task.md").read_text()
+    lines = re.search(r'```yaml title="my_task.yaml"\n(.*?)```', page, re.DOTALL)[1]
     (tmp_path / "my_task.yaml").write_text(re.sub(r"my_train\.jsonl|user/my-data-set", str(path), lines))
     process = stasc(
         *("test", "--config", ROOT / "configs/qwen_eif.yaml", "--config", tmp_path / "my_task.yaml"),
@@ -293,3 +508,17 @@ def test_the_readmes_own_task(stasc, tmp_path):
     assert process.returncode == 0, process.stderr
     questions = [json.loads(line)["question"] for line in (tmp_path / "run/test.jsonl").open()]
     assert [question["text"] for question in questions] == ["Why 0?", "Why 1?", "Why 2?"]
+
+
+def test_setup_refuses_a_driver_that_cannot_run_cuda_13(tmp_path):
+    for name in ("setup.sh", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 535.183.01\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable}
+    refused = subprocess.run(
+        ["bash", "setup.sh", "gpu"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("setup: the NVIDIA driver is 535.183.01, and CUDA 13 needs 580 or newer")
+    assert not (tmp_path / ".venv").exists()

@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
     """M_0 of the tiny recipe."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("STASC_CACHE", str(tmp_path_factory.mktemp("cache")))
-        return demo.base_model(TINY, progress=False)
+        return demo.base_model(TINY)
 
 
 # ---------------------------------------------------------------- the task
@@ -148,7 +148,7 @@ def test_equal_recipes_give_equal_bytes_and_change_no_state_of_the_caller(folder
     try:
         torch.manual_seed(1234)
         random_state, torch_state = random.getstate(), torch.get_rng_state()
-        again = demo.base_model(TINY, progress=False)
+        again = demo.base_model(TINY)
         assert random.getstate() == random_state
         assert torch.equal(torch.get_rng_state(), torch_state)
         assert torch.get_num_threads() == 2
@@ -162,18 +162,18 @@ def test_equal_recipes_give_equal_bytes_and_change_no_state_of_the_caller(folder
 
 def test_second_call_uses_the_cached_model(tmp_path, monkeypatch):
     monkeypatch.setenv("STASC_CACHE", str(tmp_path))
-    folder = demo.base_model(TINY, progress=False)
+    folder = demo.base_model(TINY)
     written = (folder / "model.safetensors").stat().st_mtime_ns
     monkeypatch.setattr(demo, "_pretrain", None)
-    assert demo.base_model(TINY, progress=False) == folder
+    assert demo.base_model(TINY) == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == written
 
 
 def test_other_recipes_have_other_folders(folder, monkeypatch):
     monkeypatch.setenv("STASC_CACHE", str(folder.parent))
     monkeypatch.setattr(demo, "_pretrain", lambda *_: None)
-    assert demo.base_model(demo.Recipe(seed=1, steps=5), progress=False) != folder
-    assert demo.base_model(TINY, progress=False) == folder
+    assert demo.base_model(demo.Recipe(seed=1, steps=5)) != folder
+    assert demo.base_model(TINY) == folder
 
 
 def test_a_partial_folder_of_a_killed_run_is_replaced(folder, tmp_path, monkeypatch):
@@ -181,7 +181,7 @@ def test_a_partial_folder_of_a_killed_run_is_replaced(folder, tmp_path, monkeypa
     leftover = tmp_path / f"{folder.name}.tmp"
     leftover.mkdir()
     (leftover / "model.safetensors").write_bytes(b"half")
-    made = demo.base_model(TINY, progress=False)
+    made = demo.base_model(TINY)
     assert (made / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
     assert not leftover.exists()
 
@@ -190,7 +190,7 @@ def test_unwritable_cache_is_reported_in_one_sentence(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("STASC_CACHE", str(tmp_path / "file"))
     with pytest.raises(UserError, match="STASC_CACHE"):
-        demo.base_model(TINY, progress=False)
+        demo.base_model(TINY)
 
 
 def test_cache_folder_follows_the_environment(monkeypatch):

@@ -1,6 +1,8 @@
 """The stages of Algorithm 1 without Lightning: what each is made of, and what is found before they begin."""
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,9 +16,11 @@ from stasc.experiment import Evaluation, Experiment
 from stasc.metrics import chosen
 from stasc.model_folder import ModelFolder
 from stasc.prompting import Dialogue, Message
+from stasc.provenance import fingerprint
 from stasc.reward import Reward
 from stasc.run import Run, read_json, write_json
 from stasc.sampling import Sampling, TransformersSampler
+from stasc.sampling.probe import Probe
 from stasc.trajectory import Question
 
 PROMPTS = {
@@ -80,10 +84,18 @@ def test_an_iteration_is_steps_1_to_3_and_is_made_once(make):
     assert 0 < len(right) < len(trajectories)
     files = experiment.run.iteration(1)
     assert {path.name for path in files.folder.iterdir()} == {
-        *("initial.jsonl", "trajectories.jsonl", "dataset.jsonl")
+        *("initial.jsonl", "trajectories.jsonl", "dataset.jsonl", "lines.json")
     }
     experiment.sampler.sample = None  # what is done is read
     assert list(experiment.dataset(1)) == list(dataset)
+    files.dataset.write_text("")  # as it would be if nothing had been selected
+    with pytest.raises(
+        UserError, match=rf"dataset\.jsonl has 0 lines, and {len(right)} were written: remove"
+    ):
+        experiment.dataset(1)
+    files.dataset.write_text("{}\n" * len(right))
+    with pytest.raises(UserError, match=r"dataset\.jsonl, line 1: this is no record"):
+        list(experiment.dataset(1))
 
 
 @pytest.mark.parametrize(("variant", "base"), [("EIE", 3), ("EIF", 0), ("FIE", 3)])
@@ -101,9 +113,11 @@ def test_fixed_initialisation_reads_the_answers_of_m0_in_every_iteration(make):
 def test_evaluation_writes_its_metrics_and_every_round(make):
     experiment = make(SelfRefine(rounds=3), evaluation=Evaluation(SAMPLING, samples=2, greedy=True))
     metrics = experiment.evaluate(0)
-    names = ("test.jsonl", "test-turn-3.jsonl", "test-turn-4.jsonl", "test-greedy.jsonl", "metrics.json")
-    assert {path.name for path in experiment.run.iteration(0).folder.iterdir()} == set(names)
-    assert set(metrics) == {"iteration", "test", "samples", "rounds", "greedy"}
+    names = {"test.jsonl", "test-turn-3.jsonl", "test-turn-4.jsonl", "test-greedy.jsonl", "metrics.json"}
+    assert {path.name for path in experiment.run.iteration(0).folder.iterdir()} == names | {"lines.json"}
+    assert set(metrics) == {"iteration", "test", "samples", "rounds", "greedy", "measured"}
+    questions = {"test": fingerprint(QUESTIONS["test"])}
+    assert metrics["measured"] == {"model": "M_0", "config": "../config.yaml", "questions": questions}
     rounds, again = experiment.test()
     assert [len(trajectories) for trajectories in rounds] == [10, 10, 10]
     assert set(again) == set(metrics) - {"iteration"}
@@ -118,10 +132,14 @@ def test_validation_questions_choose_the_model_and_the_test_set_waits(make):
     metrics = experiment.evaluate(0)
     assert set(metrics["validation"]) == set(metrics["test"])
     assert metrics["validation"]["count"] == 20
-    assert set(metrics) == {"iteration", "validation", "test", "rounds"}
+    assert set(metrics) == {"iteration", "validation", "test", "rounds", "measured"}
+    assert metrics["measured"]["questions"] == {
+        "validation": fingerprint(validation),
+        "test": fingerprint(QUESTIONS["test"]),
+    }
     validated, found = experiment.validate()
     assert len(validated[0]) == 20
-    assert set(found) == {"validation"}
+    assert set(found) == {"validation", "measured"}
 
 
 def iterations_with_validation(*rewards: float) -> list[dict]:
@@ -143,7 +161,9 @@ def test_the_chosen_model_is_tested_if_it_was_not(make):
     experiment.model_folder = lambda n: experiment.base.path
     experiment.load = lambda n: None
     for n in (1, 2):
-        write_json(experiment.run.iteration(n).training, {"dataset": {"size": 0}})
+        write_json(
+            experiment.run.iteration(n).training, {"train": {}, "dataset": {"size": 0}, "training": {}}
+        )
     assert ["test" in experiment.evaluate(n) for n in range(3)] == [True, False, True]
     path = experiment.run.iteration(1).metrics
     before = read_json(path)
@@ -153,6 +173,22 @@ def test_the_chosen_model_is_tested_if_it_was_not(make):
     assert after["test"]["count"] == 5
     assert set(after) == {*before, "test"}
     assert make(STaSC("EIE"), started=False).choose() is None
+
+
+def test_an_engine_that_keeps_its_model_is_found_where_half_precision_rounds(make, model, tmp_path):
+    """Its M_1 is only 0.01 off M_0, and so are the log-probabilities of an engine that still holds M_0."""
+    shutil.copytree(model.path, tmp_path / "half")
+    config = json.loads((tmp_path / "half/config.json").read_text())
+    (tmp_path / "half/config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    experiment = make(STaSC("EIE"), base=ModelFolder(tmp_path / "half"))
+    shutil.copytree(tmp_path / "half", experiment.model_folder(1))
+    sequences = [list(range(1, 100))]
+    [scores] = experiment.sampler.log_probabilities(sequences)
+    for n in (0, 1):
+        probe = Probe(sequences, [[score + 0.01 * n for score in scores]])
+        probe.write(experiment.run.iteration(n).probe)
+    with pytest.raises(UserError, match=r"does not hold .*iteration-01/model but the model before it"):
+        experiment.load(1)
 
 
 def test_draws_of_m0_stay_for_other_runs_and_those_of_others_do_not(make, tmp_path):

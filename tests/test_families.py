@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ROOT
+from conftest import MANUAL, ROOT
 from families import FAMILIES, Family
 
 from stasc.errors import UserError
@@ -208,7 +208,7 @@ def test_the_engine_samples_from_what_was_trained(folders, name, tmp_path):
         optimizer.step()
         optimizer.zero_grad()
     weights = gather_weights(trainer, m0)
-    write_model(weights, m0, m1)
+    write_model(weights, m0, m1, MANUAL)
     after = Probe(prompts, log_probabilities(weights, m0, prompts))
     engine = VLLMSampler(kv_cache_gib=0.1, log_level="WARNING")
     engine.start(m0, device=torch.device("cpu"), context=512, log=tmp_path / "engine.log")

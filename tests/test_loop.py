@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import NamedTuple
 import pytest
 import yaml
 from conftest import ROOT, contents, curves, demo_fit, events, stasc_environment, tiny_tokenizer
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig
 
 from callbacks.curves import tag
@@ -29,7 +31,7 @@ TRANSITIONS = {
     "right_to_right": (1, 1),
     "wrong_to_wrong": (0, 0),
 }
-EVALUATION = {"test.jsonl", "metrics.json"}
+EVALUATION = {"test.jsonl", "metrics.json", "lines.json"}
 STEPS = {"initial.jsonl", "trajectories.jsonl", "dataset.jsonl", "training.json", "probe.json", "model"}
 
 Chat = list[dict[str, str]]
@@ -93,11 +95,37 @@ def test_the_quickstart_learns_and_says_so(quickstart):
         assert row == [str(n), *rewards, *delta, size, *counts, *changes]
     assert f"M_5: corrections are not better than first answers: {test['delta']:+.3f}, p = " in output
     assert f"tensorboard --logdir '{quickstart.run}'" in output
+    assert f"stasc report '{quickstart.run}' --out report" in output
+    best = max(range(6), key=lambda n: quickstart.metrics(n)["test"]["r2"])
+    assert f"maximum on test      M_{best}, test r(Y2) {quickstart.metrics(best)['test']['r2']:.3f}" in output
+
+
+def test_a_log_of_the_quickstart_has_plain_lines_with_times(quickstart):
+    assert quickstart.process.stderr == ""
+    output = quickstart.process.stdout
+    assert not any(mark in output for mark in ("\r", "\x1b", "%|"))
+    lines = output.splitlines()
+    at = [next(i for i, line in enumerate(lines) if f"  iteration {n} of 5" in line) for n in TRAINED]
+    assert at == sorted(at)
+    assert re.fullmatch(r"[\d:]{8}  iteration 3 of 5; .+ so far, about .+ left", lines[at[2]])
+    of_the_third = "\n".join(lines[at[2] : at[3]])
+    for stage in ("iteration 3: initial answers: 1,000 in", "iteration 3: corrections: 2,000 in"):
+        assert re.search(rf"^[\d:]{{8}}  {stage} .+ tokens/s", of_the_third, re.MULTILINE)
+    steps = quickstart.metrics(3)["training"]["steps"]
+    assert re.search(
+        rf"^[\d:]{{8}}  iteration 3: training steps: {steps} in .+, loss ", of_the_third, re.MULTILINE
+    )
+    test, train = (quickstart.metrics(2)[group] for group in ("test", "train"))
+    assert f"\nM_2   test        r(Y1) {test['r1']:.3f}  r(Y2) {test['r2']:.3f}  w>r " in of_the_third
+    assert f"\n      train       r(Y1) {train['r1']:.3f}  r(Y2) {train['r2']:.3f}  |D_2| " in of_the_third
+    wide = [line for line in lines if len(line) > 80]
+    assert all(str(quickstart.run) in line or "corrections are" in line for line in wide), wide
+    assert "  done: iteration 5 of 5; this start took " in output
     assert f"{quickstart.folder(1)}/model to {quickstart.folder(5)}/model" in output
 
 
 def test_every_iteration_leaves_its_files(quickstart):
-    assert {path.name for path in quickstart.folder(0).iterdir()} == EVALUATION
+    assert {path.name for path in quickstart.folder(0).iterdir()} == EVALUATION | {"probe.json"}
     for n in TRAINED:
         assert {path.name for path in quickstart.folder(n).iterdir()} == EVALUATION | STEPS
     assert {path.name for path in quickstart.run.iterdir()} >= {"config.yaml", "checkpoints"}
@@ -145,6 +173,9 @@ def test_metrics_are_those_of_the_files(quickstart):
         trajectories = quickstart.records(n, "test")
         assert [t.question for t in trajectories] == tested
         assert metrics.pop("iteration") == n
+        measured = metrics.pop("measured")
+        assert (measured["model"], measured["questions"]["test"]["count"]) == (f"M_{n}", 500)
+        assert (quickstart.folder(n) / measured["config"]).is_file()
         test = metrics.pop("test")
         changes = [t.after(2).text.split() != t.after(1).text.split() for t in trajectories]
         assert test.pop("repeated") == pytest.approx(1 - sum(changes) / 500)
@@ -193,6 +224,35 @@ def assert_curves_are_the_metrics(done: Quickstart) -> None:
                 group,
                 name,
             )
+
+
+# ---------------------------------------------------------------- validation
+
+
+def test_validation_questions_choose_and_the_test_set_is_seen_seldom(stasc, tmp_path):
+    run = tmp_path / "run"
+    options = ("--data.validation", 0.25, "--data.evaluation.test_every", 2)
+    process = stasc(*demo_fit(run, train=40, test=20, iterations=3), *options)
+    assert process.returncode == 0, process.stderr
+    done = Quickstart(process, run)
+    metrics = [done.metrics(n) for n in range(4)]
+    rewards = [of_n["validation"]["r2"] for of_n in metrics]
+    best = rewards.index(max(rewards))
+    assert [n for n in range(4) if "test" in metrics[n]] == sorted({0, 2, 3, best})
+    assert {of_n["validation"]["count"] for of_n in metrics} == {10}
+    held_out = {trajectory.question.id for trajectory in done.records(3, "validation")}
+    learnt = {trajectory.question.id for trajectory in done.records(3, "initial")}
+    assert (len(held_out), len(learnt), held_out & learnt) == (10, 30, set())
+    reward = f"{metrics[best]['test']['r2']:.3f}"
+    assert re.search(rf"best on validation +M_{best}, test r\(Y2\) {reward}\n", process.stdout)
+    assert f"M_{best}: corrections are" in process.stdout
+    assert [n for n, _ in curves(run)[tag("validation/r2")]] == [0, 1, 2, 3]
+    assert [n for n, _ in curves(run)[tag("test/r2")]] == [0, 2, 3]
+    for n in range(1, 4):
+        card = (done.folder(n) / "model/README.md").read_text()
+        assert ("| test | M_" in card) == ("test" in metrics[n])
+        assert card.count("| validation | M_") == 2
+        assert "| validation | 0.25 of train, held out |" in card
 
 
 # ---------------------------------------------------------------- the models it leaves
@@ -260,6 +320,37 @@ def test_plain_vllm_says_what_the_engine_said(quickstart, cache, tmp_path):
     assert json.loads((tmp_path / "output").read_text()) == answered
 
 
+def test_the_card_says_what_the_run_found_and_its_snippet_runs(quickstart, monkeypatch, capfd):
+    folder = quickstart.folder(5) / "model"
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.to_dict() == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["stasc", "self-correction"],
+    }
+    for n in (0, 5):
+        test = quickstart.metrics(n)["test"]
+        low, high = (max(0, test["r2"] + sign * 1.96 * test["r2_se"]) for sign in (-1, 1))
+        reward = f"{test['r2']:.3f} [{low:.3f}, {min(high, 1):.3f}]"
+        (row,) = (row for row in card.text.splitlines() if row.startswith(f"| test | M_{n} | "))
+        assert f" | {reward} | {test['delta']:+.3f} [" in row
+    for messages in PROMPTS["initial"], PROMPTS["correction"]:
+        assert all(message["content"] in card.text for message in messages)
+    assert str(quickstart.run.parent) not in card.content
+    first = quickstart.records(5, "test")[0]
+    (snippet,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    monkeypatch.chdir(folder)
+    exec(snippet, {})
+    assert capfd.readouterr().out == f"initial: {first.after(1).text}\ncorrection: {first.after(2).text}\n"
+
+
+def test_all_files_of_a_model_may_be_read_by_those_who_may_read_its_config(quickstart):
+    os.umask(umask := os.umask(0))
+    modes = {path.name: path.stat().st_mode for path in (quickstart.folder(1) / "model").iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"] == modes["stasc.yaml"] == modes["README.md"]
+    assert modes["config.json"] & 0o444 == 0o444 & ~umask
+
+
 # ---------------------------------------------------------------- other ways to run it
 
 
@@ -269,7 +360,7 @@ def test_the_same_command_on_a_finished_run_changes_nothing(quickstart, stasc):
     assert again.returncode == 0, again.stderr
     table = again.stdout[again.stdout.index("\n  n  r(Y1)") :]
     assert quickstart.process.stdout.endswith(table)
-    assert "completions/s" not in again.stderr
+    assert "tokens/s" not in again.stdout
     assert contents(quickstart.run) == before
     assert_curves_are_the_metrics(quickstart)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import contents, demo_fit, tiny_model, tiny_tokenizer
+from conftest import MANUAL, contents, demo_fit, tiny_model, tiny_tokenizer
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceStrategy
 from safetensors.torch import load_file
@@ -108,7 +108,7 @@ def test_m_n_is_a_plain_model_with_the_outputs_of_the_adapted_one(folder, tmp_pa
     wrapped = trained(folder, lora)
     before = copied(wrapped)
     gathered = gather_weights(wrapped, folder, lora)
-    write_model(gathered, folder, tmp_path / "model")
+    write_model(gathered, folder, tmp_path / "model", MANUAL)
     assert same(copied(wrapped), before)
 
     m_0, m_n = weights(folder), weights(tmp_path / "model")

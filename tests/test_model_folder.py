@@ -51,6 +51,7 @@ def test_what_is_no_model_is_refused(tmp_path, monkeypatch):
     def offline(model: str, **_: object) -> None:
         raise OSError("the hub is away\nand more lines")
 
+    monkeypatch.setattr("stasc.model_folder.hub_is_away", lambda *_: None)
     monkeypatch.setattr("stasc.model_folder.snapshot_download", offline)
     with pytest.raises(UserError, match=r"'some/model' is not a folder here, .* \(the hub is away\)\.$"):
         ModelFolder.locate("some/model")

@@ -130,7 +130,7 @@ def test_a_system_may_fix_its_iterations_in_code(stasc, tmp_path):
     command = (*arguments[:3], "--algorithm", "users_own.TwoIterations", *arguments[3:])
     done = stasc(*command)
     assert done.returncode == 0, done.stderr
-    assert "M_2: test r(Y1)" in done.stdout
+    assert "\nM_2   test        r(Y1) " in done.stdout
     system = Run(tmp_path / "run").read_system()
     assert (system.name, system.iterations) == ("Two iterations", 2)
     for n in (1, 2):

@@ -83,11 +83,13 @@ def test_many_prompts_are_rendered_as_one_by_one():
 
 
 def test_a_prompt_of_a_users_own_may_name_every_answer_of_the_chain_and_the_reference():
-    prompts = {"judge": [Message("user", "{answer_1}|{answer_2}|{initial_answer}|{answer_3}|{reference}")]}
+    prompts = {"judge": [Message("user", "{answer_1}|{answer_2}|{initial_answer}|{{answer_3}}|{reference}")]}
     dialogue = Dialogue(tiny_tokenizer("qwen2"), prompts)
     chain = corrected(Question("q", "2+2?", ("4", "four")), answer("five"), answer("six "))
     (ids,) = dialogue.ask("judge", [chain])
     assert "five|six|six|{answer_3}|4<|im_end|>" in dialogue.tokenizer.decode(ids)
+    with pytest.raises(UserError, match=r"judge has {answer_2}, which is not known where it is asked"):
+        dialogue.ask("judge", [chain.upto(1)])
     lengths, answers = dialogue.lengths("judge", 3, [chain.question])
     assert answers == 3
     assert lengths == [len(ids) - len("fivesixsix")]

@@ -231,21 +231,20 @@ def test_the_papers_curves_are_runs(tmp_path):
     [
         (lambda text: text.replace("n_filtered", "kept"), "has no column n_filtered"),
         (lambda text: text.replace("0.356", "high", 1), "line 4: corr_test cannot be 'high'"),
-        (lambda text: text.replace("FNE,1,5,0,", "FNE,1,,0,"), "line 13: N_corr cannot be nan"),
-        (lambda text: text.replace("mini,FNE,1,5,0,", "mini,,1,5,0,"), "line 13: variant cannot be nan"),
+        (lambda text: text.replace("FNE,1,5,0,", "FNE,1,,0,"), "line 13: N_corr is missing"),
+        (lambda text: text.replace("mini,FNE,1,5,0,", "mini,,1,5,0,"), "line 13: variant is missing"),
         (lambda text: text + '"', "paper.csv cannot be read"),
         (
             lambda text: text.replace("FNE,1,5,3,", "FNE,1,5,30,"),
             "the iterations of Phi3-mini FNE (1, 5) are not",
         ),
-        (lambda text: text.splitlines()[0], None),
+        (lambda text: text.splitlines()[0], "has no rows"),
+        (lambda text: text + text.splitlines()[3] + "\n", "this row's curve and iteration were there before"),
+        (lambda text: text.replace("0.356", "35.6", 1), "line 4: corr_test cannot be '35.6'"),
     ],
 )
 def test_a_spoilt_file_of_curves(tmp_path, capsys, spoil, sentence):
     run = make_run(tmp_path / "run", ONE)
     paper = write_paper(tmp_path / "paper.csv")
     paper.write_text(spoil(paper.read_text()))
-    if sentence is None:
-        report(run, "--out", tmp_path / "out", "--paper", paper)
-    else:
-        assert sentence in failure(capsys, run, "--out", tmp_path / "out", "--paper", paper)
+    assert sentence in failure(capsys, run, "--out", tmp_path / "out", "--paper", paper)

@@ -1,8 +1,11 @@
 """Every number of the report's tables, computed by hand."""
 
 import itertools
+import json
+import re
 from pathlib import Path
 from statistics import fmean, pstdev
+from urllib.parse import unquote
 
 import numpy as np
 import pandas as pd
@@ -292,6 +295,35 @@ def test_runs_and_curves_by_hand(tmp_path):
     table = "| System | n = 0 | n = 1 |\n| --- | ---: | ---: |\n"
     assert f"**r(Y1)**\n\n{table}| EIE | 0.083 | 0.500 |\n" in text
     assert f"**\\|Dₙ\\|**\n\n{table}| EIE | {DASH} | 4 |\n" in text
+
+
+def test_settings_that_differ_and_links_to_configs(tmp_path):
+    prompts = [{"role": "user", "content": "{question} " * 20}]
+    make_run(tmp_path / "runs/one & two/a", TWO, data__prompts__initial=prompts)
+    make_run(tmp_path / "runs/b", TWO, model__learning_rate=2e-4, data__prompts__initial=[])
+    make_run(tmp_path / "runs/c", TWO, "STaR", model__learning_rate=2e-4, algorithm__init_args__hint=True)
+    report(tmp_path / "runs", "--out", tmp_path / "out")
+    found = [
+        (row["option"], row["value"], row["systems"].count(";") + 1)
+        for row in rows(tmp_path / "out", "settings")
+    ]
+    assert sorted(found) == sorted(
+        [
+            ("algorithm.hint", "", 2),
+            ("algorithm.hint", "true", 1),
+            ("data.prompts.initial", json.dumps(prompts), 1),
+            ("data.prompts.initial", "[]", 1),
+            ("data.prompts.initial", "", 1),
+            ("model.learning_rate", "0.0001", 1),
+            ("model.learning_rate", "0.0002", 2),
+        ]
+    )
+    page = (tmp_path / "out/index.html").read_text()
+    links = [unquote(link) for link in re.findall(r'<a href="([^"#]+)">config\.yaml</a>', page)]
+    assert sorted(links) == sorted(f"../runs/{run}/config.yaml" for run in ("one & two/a", "b", "c"))
+    for link in links:
+        assert (tmp_path / "out" / link).is_file()
+    assert "](../runs/one%20%26%20two/a/config.yaml)" in (tmp_path / "out/report.md").read_text()
 
 
 # ---------------------------------------------------------------- the paper's curves

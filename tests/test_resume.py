@@ -1,7 +1,8 @@
-"""The same command after a kill -9 or Ctrl-C goes on where the run stopped, and ends with the same bytes."""
+"""The same command after a signal, kill -9 too, goes on where it stopped, and ends with the same bytes."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 from conftest import ROOT, contents, curves, demo_fit, events, stasc_environment
 
 from callbacks.curves import tag
+from stasc.run import Run
 
 pytestmark = pytest.mark.slow
 
@@ -72,10 +74,16 @@ def test_killed_by_itself_at_an_exact_moment(stasc, with_transformers, tmp_path,
     assert killed.returncode == -9, killed.stderr
     assert (tmp_path / there).exists()
     assert not (tmp_path / not_there).exists()
+    if hook == "on_save_checkpoint":  # M_2 is trained again, and is what was trained last
+        shutil.copy(tmp_path / "iteration-01/model/model.safetensors", tmp_path / there)
 
     again = stasc(*command)
     assert again.returncode == 0, again.stderr
     assert_same(tmp_path, with_transformers)
+    first, second = json.loads((tmp_path / "starts.json").read_text())["starts"]
+    assert "users_own.Kill" in first["command"]
+    assert "users_own.Kill" not in second["command"]
+    assert first["questions"] == second["questions"]
 
 
 def wait_for(path: Path, process: subprocess.Popen[bytes], timeout: float = 240) -> None:
@@ -133,14 +141,21 @@ def ctrl_c_is_heard() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("ctrl_c_is_heard")
-def test_interrupted_three_times_with_vllm(stasc, cache, with_vllm, tmp_path):
+def test_stopped_three_times_with_vllm(stasc, cache, with_vllm, tmp_path):
     run, log = tmp_path / "run", tmp_path / "log"
     command = (*demo_fit(run, **SIZES, sampler="VLLMSampler"), *OPTIONS)
+    other = Run(run)
+    other.lock()
+    refused = stasc(*command)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith(f"stasc: {run} has a run under way (process {os.getpid()} on")
+    assert [path.name for path in run.iterdir()] == ["lock"]
+    del other
     finished = {}
-    for there, not_there in (
-        ("engine-0.log", "draws"),  # while the engine starts
-        ("draws", "iteration-01/initial.jsonl"),  # while it samples
-        ("iteration-00/metrics.json", "iteration-01/model"),  # while the model trains
+    for there, not_there, number in (
+        ("engine-0.log", "draws", signal.SIGINT),  # while the engine starts
+        ("draws", "iteration-01/initial.jsonl", signal.SIGTERM),  # while it samples
+        ("iteration-00/metrics.json", "iteration-01/model", signal.SIGTERM),  # while the model trains
     ):
         with log.open("wb") as output:
             program = subprocess.Popen(
@@ -154,13 +169,14 @@ def test_interrupted_three_times_with_vllm(stasc, cache, with_vllm, tmp_path):
         wait_for(run / there, program)
         while program.poll() is None:  # an impatient user, and a terminal that tells the whole group
             with suppress(ProcessLookupError):
-                os.killpg(program.pid, signal.SIGINT)
+                os.killpg(program.pid, number)
             time.sleep(0.1)
         output = log.read_text()
-        assert program.returncode == 130, output
-        assert output.splitlines()[-1].startswith("stasc: interrupted; run the same command again")
+        assert program.returncode == 128 + number, output
+        sentence = f"stasc: stopped by {number.name}; run the same command again to go on."
+        assert output.splitlines()[-1] == sentence
         assert "Traceback" not in output
-        assert not (run / not_there).exists(), "interrupted too late"
+        assert not (run / not_there).exists(), "stopped too late"
         assert_no_workers(program.pid)
         finished |= {path: path.stat().st_mtime_ns for path in run.glob("iteration-*/*.json*")}
 

@@ -92,7 +92,7 @@ def models(tmp_path_factory) -> Path:
 def samplers(models):
     started = {
         "transformers": TransformersSampler(batch_size=16),
-        "vllm": VLLMSampler(kv_cache_gib=0.1, log_level="WARNING"),
+        "vllm": VLLMSampler(log_level="WARNING"),
     }
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("VLLM_BATCH_INVARIANT", "1")  # would crash an engine on CPU

@@ -75,6 +75,8 @@ def main(arguments: Sequence[str]) -> None:
     )
     try:
         options = parser.parse_args(arguments)
+        if options.out == Path():
+            raise UserError("--out is empty, or this folder: name a folder for the report.")
         if options.trajectories < 0:
             raise UserError(f"--trajectories is {options.trajectories}: it must be 0 or more.")
         for line in report(options.runs, options.out, options.paper, options.trajectories):
@@ -125,7 +127,11 @@ def report(places: Sequence[Path], out: Path, paper: Path | None, at_most: int) 
             tables.correlation_table(shown),
         ],
         "Transitions": [figures.transitions(systems)],
-        "Runs": [tables.runs_table(systems), tables.curves_table(systems)],
+        "Runs": [
+            tables.settings_table(systems),
+            tables.runs_table(systems, out),
+            tables.curves_table(systems),
+        ],
         "Method": [*METHOD, *([PAPER_METHOD] if paper else [])],
     }
     sections = {title: full for title, blocks in sections.items() if (full := list(filter(None, blocks)))}

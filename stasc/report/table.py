@@ -35,11 +35,12 @@ def interval(row: Row, name: str, form: str = ".3f") -> str:
 
 
 class Cell(NamedTuple):
-    """A cell as it is shown: its text, lines of smaller text below, and whether it is in bold."""
+    """A cell as it is shown: its text, lines of smaller text below, whether it is in bold, and a link."""
 
     text: str
     detail: str = ""
     bold: bool = False
+    link: str = ""
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Column:
         detail: Lines of smaller text in a cell, as a function of the row.
         bold: Whether the highest value of a group is in bold, as far as three decimals tell it. The frame
             then needs a column ``uses_references``; rows where it is true do not compete.
+        link: A cell's link, as a function of the row: a URL, or one relative to the report.
     """
 
     title: str
@@ -60,6 +62,7 @@ class Column:
     text: str | Callable[[Row], str] = ""
     detail: Callable[[Row], str] = lambda row: ""
     bold: bool = False
+    link: Callable[[Row], str] = lambda row: ""
 
     def cells(self, rows: Sequence[Row]) -> Iterator[Cell]:
         """The cells of a group."""
@@ -68,7 +71,8 @@ class Column:
         known = [value for value in values if value is not None]
         for row, value in zip(rows, values, strict=True):
             text = self.text(row) if callable(self.text) else number(row[self.name], self.text)
-            yield Cell(text, self.detail(row), len(known) > 1 and value == max(known))
+            best = len(known) > 1 and value == max(known)
+            yield Cell(text, self.detail(row), best, self.link(row))
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,6 +139,7 @@ class Table:
 
 def _markdown_cell(cell: Cell) -> str:
     text = f"**{markdown(cell.text)}**" if cell.bold else markdown(cell.text)
+    text = f"[{text}]({cell.link})" if cell.link else text
     return text + "".join(f"<br><sub>{markdown(line)}</sub>" for line in cell.detail.splitlines())
 
 

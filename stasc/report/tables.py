@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import combinations
+from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
+from urllib.parse import quote
 
 import pandas as pd
 
-from stasc.report.runs import RunResult
+from stasc.report.runs import RunResult, printable
 from stasc.report.systems import Panel, System, compared, grid
 from stasc.report.table import UNKNOWN, Column, Row, Table, interval, number, to_frame
+from stasc.run import Run
 from stasc.statistics import (
     FEWEST_RUNS,
     FEWEST_SEEDS,
@@ -25,6 +30,7 @@ from stasc.statistics import (
 )
 
 TURNS = {"r1": "r(Y1)", "r2": "r(Y2)"}
+_LONGEST_VALUE = 100
 _DIFFERENCE_INTERVAL = partial(interval, name="difference", form="+.3f")
 
 # ---------------------------------------------------------------- Tables 1 and 2
@@ -306,8 +312,41 @@ def _further_column(name: str) -> Column:
     return Column(f"{how} r(Y{turn[1:]})", name, ".3f", partial(interval, name=name))
 
 
-def runs_table(systems: Sequence[System]) -> Table:
-    """Every run, finished or not."""
+def settings_table(systems: Sequence[System]) -> Table:
+    """The options whose values differ between systems, and which system has which."""
+    ours = [system for system in systems if not system.paper]
+    records = []
+    for option in sorted({name for system in ours for name in system.options}):
+        having: dict[str, list[str]] = {}
+        for system in ours:
+            value = json.dumps(system.options[option], ensure_ascii=False) if option in system.options else ""
+            having.setdefault(value, []).append(system.name)
+        if len(having) > 1:
+            name = option.replace(".init_args", "").removesuffix(".class_path")
+            records += [
+                {
+                    "option": name,
+                    "number": number,
+                    "value": printable(value) or None,
+                    "systems": "; ".join(names),
+                }
+                for number, (value, names) in enumerate(having.items(), start=1)
+            ]
+
+    def shown(row: Row) -> str:
+        value = number(row["value"])
+        return value if len(value) <= _LONGEST_VALUE else f"no. {row['number']}"
+
+    columns = (Column("Value", "value", shown), Column("Systems", "systems"))
+    note = (
+        "Options that are not the same in all systems; a variant's letters are in its name. Values that are "
+        "too long for the table are numbered; settings.csv has them in full."
+    )
+    return Table("settings", "Settings that differ", note, to_frame(records), columns, ("option",))
+
+
+def runs_table(systems: Sequence[System], out: Path) -> Table:
+    """Every run, finished or not, with a link from the report in ``out`` to its config."""
     records = []
     for system in systems:
         for run in system.runs if not system.paper else ():
@@ -325,6 +364,7 @@ def runs_table(systems: Sequence[System]) -> Table:
                     "r1_se": errors[0],
                     "r2": point.r2,
                     "r2_se": errors[1],
+                    "config": _config(run, out),
                 }
             )
 
@@ -344,9 +384,21 @@ def runs_table(systems: Sequence[System]) -> Table:
         Column("Iterations", "last_iteration", iterations, unfinished),
         Column("Test questions", "test_questions"),
         *(Column(turn, r, ".3f", partial(error, name=f"{r}_se")) for r, turn in TURNS.items()),
+        Column(
+            "Config",
+            "config",
+            lambda row: number(row["config"]).rpartition("/")[2],
+            link=lambda row: "" if pd.isna(row["config"]) else quote(row["config"]),
+        ),
     )
     note = "The last tested iteration of each run. SE: standard error over test questions."
     return Table("runs", "Runs", note, to_frame(records), columns)
+
+
+def _config(run: RunResult, out: Path) -> str | None:
+    """Where the run's config lies, as seen from the report; None where it was removed."""
+    config = Run(run.folder).config
+    return Path(os.path.relpath(config, out.resolve())).as_posix() if config.is_file() else None
 
 
 def curves_table(systems: Sequence[System]) -> Table:

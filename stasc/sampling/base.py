@@ -62,8 +62,8 @@ class Draw(NamedTuple):
 class Sampler(ABC):
     """A sampling engine: completes token ids with the weights of a model folder.
 
-    Methods are called in this order: ``start``; then ``load``, ``sample``, ``log_probabilities`` and
-    ``release`` in any order; then ``close``. Each training process has one sampler on its own device.
+    Methods are called in this order: ``start``; then ``load``, ``wait``, ``sample``, ``log_probabilities``
+    and ``release`` in any order; then ``close``. Each training process has one sampler on its own device.
 
     A subclass can be named in YAML by its class path; its ``__init__`` arguments are its ``init_args``. This
     one completes a prompt with the prompt's first tokens:
@@ -98,6 +98,10 @@ class Sampler(ABC):
     finished so far. A prompt counts once, whatever its n. None before the first finished request, and for
     engines without a prefix cache."""
 
+    memory: int | None = None
+    """Bytes of the device's memory that the engine may take in all while it is awake; set before ``start``.
+    None: whatever the device has free."""
+
     _device: torch.device | None = None
     _dtype: torch.dtype | str | None = None
 
@@ -125,6 +129,9 @@ class Sampler(ABC):
             context: Maximum number of tokens of a prompt and its completion together.
             log: Log file of the engine.
         """
+
+    def wait(self) -> None:  # noqa: B027  (an engine that is ready after ``start`` has nothing to wait for)
+        """Return when the engine is ready to sample."""
 
     @abstractmethod
     def load(self, model: Path) -> None:

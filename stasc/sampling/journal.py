@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
+from operator import index
 from pathlib import Path
 from typing import BinaryIO
 
@@ -51,11 +52,11 @@ class Journal:
                         continue
                     try:
                         _, drawn = json.loads(line)
-                    except json.JSONDecodeError:
-                        continue  # the process was killed while it wrote this line
+                        draws = [Draw(tuple(map(index, ids)), bool(finished)) for ids, finished in drawn]
+                    except (ValueError, TypeError):
+                        continue  # the process was killed while it wrote this line: it is drawn again
                     i = wanted[key]
-                    if len(drawn) > len(found.get(i, ())):
-                        draws = [Draw(tuple(ids), finished) for ids, finished in drawn]
+                    if len(draws) > len(found.get(i, ())):
                         found[i] = draws[: requests[i].n]
         return found
 

@@ -161,7 +161,7 @@ class TransformersSampler(Sampler):
     def _load_network(self) -> PreTrainedModel:
         with torch.random.fork_rng(devices=[]):  # from_pretrained draws random weights first
             network, report = AutoModelForCausalLM.from_pretrained(
-                self._model, dtype=self._dtype, output_loading_info=True
+                self._model, dtype=self._dtype, output_loading_info=True, trust_remote_code=False
             )
         if report["missing_keys"]:
             raise UserError(f"{self._model} lacks weights: {', '.join(sorted(report['missing_keys'])[:3])}.")

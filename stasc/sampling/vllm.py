@@ -22,14 +22,14 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from stasc import processes
 from stasc.errors import UserError
+from stasc.memory import GIB, cache_bytes, engine_share
 from stasc.model_folder import ModelFolder
 from stasc.run import NEVER, FirstUses
 from stasc.sampling.base import Draw, Request, Sampler, Sampling, check_requests, check_sequences
 
 _logger = logging.getLogger(__name__)
-
-_GIB = 1 << 30
 
 # Variables that a launcher sets for the training process, and that vLLM would apply to itself.
 _REMOVED_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_", "ROLE_")
@@ -53,7 +53,8 @@ class VLLMSampler(Sampler):
 
     Args:
         kv_cache_gib: Size of the key-value cache in GiB, in addition to the weights. A larger cache lets more
-            completions run at the same time.
+            completions run at the same time. ``auto`` is what fits beside training, up to what the engine can
+            use (``stasc/memory.py``).
         log_level: Level of vLLM's log file.
         batch_invariant: Make draws independent of the batch in every precision, at some cost in speed; needs
             a CUDA device of compute capability 8.0 or more. Without it some draws depend on the batch.
@@ -67,12 +68,12 @@ class VLLMSampler(Sampler):
 
     def __init__(
         self,
-        kv_cache_gib: float = 4.0,
+        kv_cache_gib: float | Literal["auto"] = "auto",
         log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO",
         batch_invariant: bool = False,
     ) -> None:
-        if kv_cache_gib <= 0:
-            raise UserError(f"kv_cache_gib is {kv_cache_gib}: it must be more than 0.")
+        if kv_cache_gib != "auto" and kv_cache_gib <= 0:
+            raise UserError(f"kv_cache_gib is {kv_cache_gib}: it must be more than 0, or auto.")
         self.kv_cache_gib = kv_cache_gib
         self.log_level = log_level
         self.batch_invariant = batch_invariant
@@ -101,11 +102,16 @@ class VLLMSampler(Sampler):
         self._options = {
             "dtype": folder.dtype,
             "context": context,
-            "kv_cache_bytes": int(self.kv_cache_gib * _GIB),
+            "sequences": _sequences(device),
+            "kv_cache_bytes": self._cache_bytes(folder, device, context),
             "device": device.type,
         }
         self._dtype = self._options["dtype"]
         self._engine = self._launch()
+
+    def wait(self) -> None:
+        """See ``Sampler``."""
+        self._command("load", str(self._model))
 
     def load(self, model: Path) -> None:
         """See ``Sampler``; refuses a folder whose tensors differ from those of the first folder.
@@ -164,6 +170,7 @@ class VLLMSampler(Sampler):
         If the worker dies, a new one gets the message, which is built again: of a ``sample`` call it then
         holds only the unfinished requests.
         """
+        torch.cuda.empty_cache()  # what training and its checkpoints have left, the engine may need
         replaced = False
         while True:
             try:
@@ -178,8 +185,7 @@ class VLLMSampler(Sampler):
                 if replaced:
                     raise UserError(
                         f"The sampling engine died twice in a row ({death}; see {self._log}): if memory ran "
-                        f"out, lower kv_cache_gib (now {self.kv_cache_gib:g}); run the same command again to "
-                        "resume."
+                        f"out, lower kv_cache_gib (now {self._size}); run the same command again to resume."
                     ) from death
                 replaced = True
                 _logger.warning(
@@ -200,7 +206,35 @@ class VLLMSampler(Sampler):
             return ""
         too_small = "at least one request" in failure or "No available memory for the cache" in failure
         verb = "Raise" if too_small else "Lower"
-        return f" {verb} kv_cache_gib (now {self.kv_cache_gib:g})."
+        return f" {verb} kv_cache_gib (now {self._size})."
+
+    @property
+    def _size(self) -> str:
+        """The size of the cache, as messages have it."""
+        chosen = self._options["kv_cache_bytes"] / GIB
+        return f"auto, {chosen:.2f}" if self.kv_cache_gib == "auto" else f"{self.kv_cache_gib:g}"
+
+    def _cache_bytes(self, folder: ModelFolder, device: torch.device, context: int) -> int:
+        if self.kv_cache_gib != "auto":
+            return int(self.kv_cache_gib * GIB)
+        token, sequences = folder.cache_bytes_per_token(), _sequences(device)
+        size = cache_bytes(
+            engine_share(device, 0, 1) if self.memory is None else self.memory,
+            weights=folder.weight_bytes(),
+            vocabulary=self._vocabulary or 0,
+            token=token,
+            sequences=sequences,
+            context=context,
+            device=device.type,
+        )
+        if processes.rank() == 0:
+            full = size // (context * token)
+            print(
+                f"key-value cache of {size / GIB:.1f} GiB: {full} of the {sequences} completions that the "
+                f"engine runs at the same time have room at their full length of {context} tokens",
+                flush=True,
+            )
+        return size
 
     def _launch(self) -> _Engine:
         environment = _environment(self._device) | {
@@ -259,6 +293,15 @@ class _Engine:
         self._pipe.close()
 
 
+def _sequences(device: torch.device) -> int:
+    """Completions that run at the same time: as many as vLLM's own default for batches."""
+    if device.type == "cpu":
+        return 256
+    found = torch.cuda.get_device_properties(device)
+    large = found.total_memory >= (160 if "A100" in found.name else 70) * GIB
+    return 1024 if large else 256
+
+
 def _check_batch_invariance(device: torch.device) -> None:
     if device.type == "cpu":
         raise UserError(
@@ -302,4 +345,8 @@ def _environment(device: torch.device) -> dict[str, str]:
         }
     index = torch.cuda.current_device() if device.index is None else device.index
     visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
-    return environment | {"CUDA_VISIBLE_DEVICES": visible[index] if visible else str(index)}
+    return environment | {
+        "CUDA_VISIBLE_DEVICES": visible[index] if visible else str(index),
+        # Triton's attention would round the factors of float32 models to TF32, and the probe fail.
+        "TRITON_F32_DEFAULT": "ieee",
+    }

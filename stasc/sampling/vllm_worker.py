@@ -7,9 +7,7 @@ message, a string, and ends.
 
 from __future__ import annotations
 
-import ctypes
 import json
-import os
 import signal
 import sys
 import traceback
@@ -19,12 +17,11 @@ from typing import TYPE_CHECKING, Never
 
 import torch.distributed as dist
 
+from stasc.ending import end_with
 from stasc.sampling.base import Draw, Request
 
 if TYPE_CHECKING:
     from vllm import RequestOutput
-
-_PR_SET_PDEATHSIG = 1
 
 
 class WeightSwap:
@@ -49,11 +46,14 @@ class Engine:
         model: Model folder to load first.
         dtype: Of weights and activations, also for folders that are loaded later.
         context: Maximum number of tokens of a prompt and its completion together.
+        sequences: Maximum number of completions at the same time.
         kv_cache_bytes: Size of the key-value cache. By default vLLM takes almost all free memory.
         device: Type of the device, "cpu" or "cuda"; the installed vLLM must be built for it.
     """
 
-    def __init__(self, model: str, dtype: str, context: int, kv_cache_bytes: int, device: str) -> None:
+    def __init__(
+        self, model: str, dtype: str, context: int, sequences: int, kv_cache_bytes: int, device: str
+    ) -> None:
         from vllm import EngineArgs, LLMEngine
         from vllm.platforms import current_platform
         from vllm.usage.usage_lib import UsageContext
@@ -77,6 +77,7 @@ class Engine:
             model=model,
             dtype=dtype,
             max_model_len=context,
+            max_num_seqs=sequences,
             kv_cache_memory_bytes=kv_cache_bytes,
             enable_prefix_caching=True,
             skip_tokenizer_init=True,
@@ -186,9 +187,7 @@ def _draw(token_ids: Sequence[int], finished: bool) -> Draw:
 def main() -> None:
     """Answer messages until the parent closes the pipe."""
     pipe, parent, options = Connection(int(sys.argv[1])), int(sys.argv[2]), json.loads(sys.argv[3])
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # the parent died before prctl
-        return
+    end_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         engine = Engine(**options)

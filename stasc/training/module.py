@@ -11,12 +11,14 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import MixedPrecision
-from lightning.pytorch.strategies import FSDPStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, Strategy
 from torch import Tensor
+from torch.distributed.fsdp import ShardingStrategy
 from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 
 from stasc.errors import UserError
+from stasc.memory import training_bytes
 from stasc.model_folder import ModelFolder
 from stasc.run import NEVER, START, TRAINING, FirstUses
 from stasc.training.batches import Batch
@@ -102,8 +104,10 @@ class CorrectionSFT(LightningModule):
         template: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if learning_rate <= 0:
-            raise UserError(f"model.learning_rate is {learning_rate}: it must be above 0.")
+        if not 0 < learning_rate < math.inf:
+            raise UserError(f"model.learning_rate is {learning_rate}: it must be above 0, and finite.")
+        if not 0 <= weight_decay < math.inf:
+            raise UserError(f"model.weight_decay is {weight_decay}: it must be 0 or more, and finite.")
         if not 0 <= warmup_ratio <= 1:
             raise UserError(f"model.warmup_ratio is {warmup_ratio}: it must lie in [0, 1].")
         self.base = base
@@ -124,7 +128,7 @@ class CorrectionSFT(LightningModule):
         """Find options that do not go with M_0 or the strategy, before an engine starts or a file is written.
 
         Raises:
-            UserError: M_0 lacks a layer that ``lora`` names, or the strategy does not support an option.
+            UserError: M_0 lacks a layer that ``lora`` names, or an option does not go with the strategy.
         """
         if isinstance(strategy, FSDPStrategy) and self.gradient_checkpointing:
             raise UserError(
@@ -136,10 +140,40 @@ class CorrectionSFT(LightningModule):
                 "model.lora trains part of the weights, for which FSDPStrategy needs use_orig_params: "
                 "remove it from trainer.strategy.dict_kwargs, or set it to true."
             )
+        if isinstance(strategy, FSDPStrategy) and strategy._state_dict_type == "sharded":
+            raise UserError(
+                "trainer.strategy.init_args.state_dict_type is sharded, and a run goes on from a checkpoint "
+                "in one file: set it to full, or leave it out."
+            )
         if self.attention == "flex" and strategy.root_device.type == "cpu":
             raise UserError("model.attention is flex, which cannot train on a CPU: set it to auto.")
         if self.lora:
             self.lora.add_to(empty_model(ModelFolder.locate(self.base).path))
+
+    def training_bytes(self) -> int:
+        """Bytes that training holds on this process' device while the engine has its memory there.
+
+        Only the two strategies that the configs have are known; for another one set the engine's cache.
+        """
+        strategy, trainer = self.trainer.strategy, self.trainer
+        shards = 1
+        if isinstance(strategy, FSDPStrategy):
+            a_copy_in = {
+                ShardingStrategy.NO_SHARD: 1,
+                ShardingStrategy.HYBRID_SHARD: trainer.num_devices,
+                ShardingStrategy._HYBRID_SHARD_ZERO2: trainer.num_devices,
+            }
+            shards = a_copy_in.get(strategy.sharding_strategy, trainer.world_size)
+        model = empty_model(ModelFolder.locate(self.base).path)
+        if self.lora:
+            self.lora.add_to(model)
+        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+        return training_bytes(
+            frozen=sum(size for size, trains in sizes if not trains),
+            trained=sum(size for size, trains in sizes if trains),
+            shards=shards,
+            gradients=isinstance(strategy, DDPStrategy) or strategy.root_device.type == "cpu",
+        )
 
     def configure_model(self) -> None:
         """Load M_0 if this is training; all else samples with an engine and needs no model here."""

@@ -8,14 +8,17 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     set_model_state_dict,
 )
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from stasc.errors import UserError
+from stasc.manual import Manual
 from stasc.model_folder import ModelFolder
 from stasc.run import write_folder
 from stasc.training.lora import LoRA
@@ -26,7 +29,7 @@ def load_model(folder: Path, lora: LoRA | None = None) -> PreTrainedModel:
 
     With ``lora`` the model is frozen and has new adapters, which alone train.
     """
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
     if lora:
         lora.add_to(model)
     return model.train()
@@ -34,8 +37,46 @@ def load_model(folder: Path, lora: LoRA | None = None) -> PreTrainedModel:
 
 def empty_model(folder: Path) -> PreTrainedModel:
     """A model of the folder's architecture without weights: its parameters are on the meta device."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    config = ModelFolder(folder).model_config()
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # whatever a wrong value of the config leads to
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{folder / 'config.json'} makes no model ({type(error).__name__}: {reason[:200]}): get it anew."
+        ) from error
+
+
+def check_weights(base: ModelFolder) -> None:
+    """Find weights that are not of the model that config.json describes, or that are broken numbers.
+
+    Raises:
+        UserError: A weight is missing, unknown, of another shape or dtype, or not finite.
+    """
+    empty, found = empty_model(base.path), base.tensor_shapes()
+    tied = empty.all_tied_weights_keys
+    expected = {name: tuple(t.shape) for name, t in empty.state_dict().items() if name not in tied}
+    missing, unknown = expected.keys() - found.keys(), found.keys() - expected.keys() - set(tied)
+    for name in sorted(expected.keys() & found.keys()):
+        if expected[name] != found[name]:
+            raise UserError(
+                f"the weights in {base.path} are not those of its config.json: {name} has the shape "
+                f"{list(found[name])}, not {list(expected[name])}."
+            )
+    # Where both are there, transformers may know the weights by other names.
+    if len(missing) == len(expected) or (bool(missing) != bool(unknown)):
+        kind, names = ("lack", missing) if missing else ("have, and its config.json does not,", unknown)
+        raise UserError(f"the weights in {base.path} {kind} {', '.join(sorted(names)[:3])}: get them anew.")
+    for path in base.weight_files():
+        with safe_open(path, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                tensor = tensors.get_tensor(name)
+                if not tensor.is_floating_point() or not tensor.isfinite().all():
+                    what = (
+                        "holds numbers that are not finite" if tensor.is_floating_point() else "is quantised"
+                    )
+                    raise UserError(f"{path}: {name} {what}, so that nothing can be learnt: get it anew.")
 
 
 def load_weights(wrapped: torch.nn.Module, folder: Path, lora: LoRA | None = None) -> None:
@@ -83,31 +124,38 @@ def gather_weights(wrapped: torch.nn.Module, base: Path, lora: LoRA | None = Non
     return {name: tensor.to(dtype) for name, tensor in weights.items() if name not in tied}
 
 
-def write_model(weights: dict[str, Tensor], base: Path, folder: Path) -> None:
-    """Write gathered weights as the Hugging Face folder of M_n, atomically.
+def write_model(weights: dict[str, Tensor], base: Path, folder: Path, manual: Manual) -> None:
+    """Write gathered weights as the Hugging Face folder of M_n, atomically, with its manual.
 
     All other files (config, tokenizer, chat template, generation config) are copied from the folder ``base``
-    of M_0, so that whatever can load M_0 can load M_n.
+    of M_0, so that whatever can load M_0 can load M_n. Who may read the folder may read all files in it.
     """
     with write_folder(folder) as unfinished:
         empty_model(base).save_pretrained(unfinished, state_dict=dict(weights))
         for path in ModelFolder(base).files_beside_weights():
             shutil.copyfile(path, unfinished / path.name)
+        manual.write(unfinished)
+        mode = (unfinished / "config.json").stat().st_mode
+        for path in unfinished.glob("*.safetensors"):
+            path.chmod(mode)  # safetensors makes files that only their owner can read
 
 
 @torch.inference_mode()
 def log_probabilities(
-    weights: dict[str, Tensor], base: Path, sequences: Sequence[Sequence[int]]
+    weights: dict[str, Tensor] | None, base: Path, sequences: Sequence[Sequence[int]]
 ) -> list[list[float]]:
     """Log-probability of each token but the first of each sequence, in float32 on the CPU.
 
     The weights are taken from memory, as gathered from the trainer, to compare them with an engine that has
-    read its own from files. Of the folder ``base`` only the config is read.
+    read its own from files. Of the folder ``base`` only the config is read; without weights they are its own.
     """
-    empty = empty_model(base)
-    model = type(empty).from_pretrained(
-        None, config=empty.config, state_dict=dict(weights), dtype=torch.float32
-    )
+    if weights is None:
+        model = load_model(base)
+    else:
+        empty = empty_model(base)
+        model = type(empty).from_pretrained(
+            None, config=empty.config, state_dict=dict(weights), dtype=torch.float32
+        )
     model.eval()
     found = []
     for sequence in sequences:

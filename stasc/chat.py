@@ -1,0 +1,72 @@
+"""A model on the terminal: a question on each line, and what it answers and corrects."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from jsonargparse import ArgumentError, ArgumentParser
+from transformers.utils.logging import disable_progress_bar
+
+from stasc.errors import UserError
+from stasc.sampling import Sampler, TransformersSampler
+from stasc.self_corrector import SelfCorrector
+from stasc.trajectory import Trajectory
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Answer the lines of standard input to its end; a user's mistake ends in one sentence and status 2."""
+    disable_progress_bar()  # of the weights that are loaded
+    try:
+        parser = ArgumentParser(
+            prog="python -m stasc chat",
+            description="Answers and corrects the questions that you type, one on each line, until Ctrl-D.",
+            exit_on_error=False,
+        )
+        parser.add_argument("--model.base", type=str, required=True, help="The model: a folder or a hub id.")
+        parser.add_argument(
+            "--rounds",
+            type=int | None,
+            default=None,
+            help="Corrections one after another (default: as the model's stasc.yaml has it).",
+        )
+        parser.add_argument("--seed_everything", type=int, default=42, help="What all draws follow from.")
+        sampler = {"class_path": f"{TransformersSampler.__module__}.{TransformersSampler.__name__}"}
+        parser.add_subclass_arguments(Sampler, "sampler", default=sampler)
+        options = parser.instantiate(parser.parse_args(arguments))
+        corrector = SelfCorrector.from_pretrained(
+            options.model.base, options.sampler, options.seed_everything
+        )
+    except (UserError, ArgumentError) as mistake:
+        print(f"stasc: {' '.join(str(mistake).split())}", file=sys.stderr)
+        sys.exit(2)
+    try:
+        _talk(corrector, options.rounds)
+    finally:
+        corrector.close()
+
+
+def _talk(corrector: SelfCorrector, rounds: int | None) -> None:
+    for stream in (sys.stdin, sys.stdout):
+        stream.reconfigure(errors="replace")  # whatever bytes come, and whatever the terminal can show
+    prompt = "\nquestion: " if sys.stdin.isatty() else ""
+    while True:
+        try:
+            question = input(prompt).strip()
+        except EOFError:
+            return
+        if not question:
+            continue
+        try:
+            print(_shown(corrector.ask(question, rounds)), flush=True)
+        except UserError as mistake:  # a question that is too long: the next may be shorter
+            print(f"stasc: {mistake}", file=sys.stderr, flush=True)
+
+
+def _shown(trajectory: Trajectory) -> str:
+    """The answers, without anything that a terminal would obey."""
+    blocks = [
+        f"{'initial answer' if answer.prompt == 'initial' else answer.prompt}: {answer.text.strip()}"
+        for answer in trajectory.answers
+    ]
+    return "".join(char if char.isprintable() or char == "\n" else "?" for char in "\n".join(blocks))

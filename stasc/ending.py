@@ -1,0 +1,76 @@
+"""How the program ends before its work is done: by a signal, or with the process that started it.
+
+Such an end needs no farewell. Whatever is done is on disk at any moment (``stasc/run.py``), so the program
+ends at once, and the kernel ends with it whatever it has started: the other ranks and the engines.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Ctrl-C; SLURM, docker and kill; a closed terminal."""
+
+_PR_SET_PDEATHSIG = 1
+_STARTED_BY = "STASC_STARTED_BY"
+
+
+def end_on_signals() -> None:
+    """From now on a signal ends this process, with one sentence and status 128 + the signal's number.
+
+    Signals that are ignored now, as nohup ignores SIGHUP, stay ignored. A thread waits for the signals,
+    because the main thread may wait for another process, and Python would not run a handler until then. What
+    other handlers are set later, as Lightning does, does not matter.
+    """
+    heard = {number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN}
+    for number in heard:
+        signal.signal(number, lambda *_: None)  # without a handler Python would not tell the thread
+    received, sent = os.pipe()
+    os.set_blocking(sent, False)
+    signal.set_wakeup_fd(sent)
+    os.register_at_fork(after_in_child=lambda: _be_a_child(heard))
+    threading.Thread(target=_end_on, args=[heard, received], daemon=True).start()
+
+
+def end_with_rank_zero() -> None:
+    """Have the ranks that Lightning starts, with this same command, end with the process that starts them."""
+    starter = os.environ.get(_STARTED_BY)
+    os.environ[_STARTED_BY] = str(os.getpid())
+    if starter and os.environ.get("LOCAL_RANK", "0") != "0":
+        end_with(int(starter))
+
+
+def end_with(parent: int) -> None:
+    """Have the kernel kill this process when its parent ends, however that is, or now if it has ended.
+
+    To be exact, when the thread of the parent ends that has started this process. Only Linux does this.
+    """
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _end_on(heard: set[signal.Signals], received: int) -> None:
+    while (number := os.read(received, 1)[0]) not in heard:
+        pass
+    ranks = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
+    if all(os.environ.get(rank, "0") == "0" for rank in ranks):
+        name = signal.Signals(number).name
+        # Not through sys.stderr, whose lock the main thread may hold.
+        os.write(2, f"\nstasc: stopped by {name}; run the same command again to go on.\n".encode())
+    else:
+        time.sleep(1)  # rank 0 has the word, and would lament a lost connection if it lived longer
+    os._exit(128 + number)
+
+
+def _be_a_child(heard: set[signal.Signals]) -> None:
+    """In a forked process, such as one of a pool of the user's: signals for it are not for its parent."""
+    signal.set_wakeup_fd(-1)
+    for number in heard:
+        signal.signal(number, signal.SIG_DFL)
+    end_with(os.getppid())

@@ -1,0 +1,54 @@
+"""Errors in what a user brings along: whose class it was, and in which line."""
+
+from __future__ import annotations
+
+import sys
+import sysconfig
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+from stasc.house import HOUSE
+
+_LIBRARIES = [Path(path).resolve() for path in {sys.base_prefix, *sysconfig.get_paths().values()}]
+_ROOMS = [(HOUSE / room).resolve() for room in ("stasc", "data", "callbacks", "scripts")]
+
+
+def blame(error: BaseException) -> str | None:
+    """What went wrong in the user's own code, in one sentence; None if the error did not pass through any.
+
+    The sentence has the class and method, the file and line that came last, and the error with its notes.
+    """
+    for link in _chain(error):
+        frames = [frame for frame in traceback.walk_tb(link.__traceback__) if _is_users(frame[0])]
+        if frames:
+            frame, line = frames[-1]
+            code = frame.f_code
+            notes = "".join(f", {note}" for note in getattr(link, "__notes__", ()))
+            reason = " ".join(f"{type(link).__name__}: {link}".split()).rstrip(": .")
+            return (
+                f"{code.co_qualname} of yours failed{notes} ({reason}): see {code.co_filename}, line {line}."
+            )
+        if isinstance(link, SyntaxError) and link.filename and _is_users_file(link.filename):
+            return f"{link.filename}, line {link.lineno}: this is not Python ({link.msg})."
+    return None
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An error and those that it was raised from."""
+    link: BaseException | None = error
+    while link is not None:
+        yield link
+        link = link.__cause__ or link.__context__
+
+
+def _is_users(frame: FrameType) -> bool:
+    return _is_users_file(frame.f_code.co_filename)
+
+
+def _is_users_file(name: str) -> bool:
+    if name.startswith("<"):
+        return False
+    path = Path(name).resolve()
+    return not any(path.is_relative_to(place) for place in (*_LIBRARIES, *_ROOMS))

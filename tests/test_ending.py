@@ -1,0 +1,102 @@
+"""A signal ends the program at once, with one sentence, and nothing that it has started outlives it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+RANKS_WITH_ENGINES = r"""
+import ctypes, os, subprocess, sys, time
+from stasc.ending import end_on_signals, end_with, end_with_rank_zero
+
+if "engine" in sys.argv:
+    end_with(os.getppid())
+    os.write(1, f"{os.getpid()}\n".encode())
+    time.sleep(60)
+end_on_signals()
+end_with_rank_zero()
+os.write(1, f"{os.getpid()}\n".encode())
+subprocess.Popen([sys.executable, __file__, "engine"], start_new_session=True)
+if "LOCAL_RANK" not in os.environ:
+    subprocess.Popen([sys.executable, __file__], env={**os.environ, "LOCAL_RANK": "1"})
+libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+libc.pthread_mutex_lock(mutex)
+libc.pthread_mutex_lock(mutex)  # as in a collective call: never returns, and runs no handler of Python
+"""
+POOL = """
+import multiprocessing, signal, sys
+from stasc.ending import end_on_signals
+
+end_on_signals()
+with multiprocessing.get_context("fork").Pool(2) as pool:
+    assert pool.map(abs, [-1]) == [1]
+    # leaving the block sends SIGTERM to the pool's processes
+pool.join()
+print("the program goes on", flush=True)
+sys.stdin.read()
+"""
+
+
+def started(folder: Path, program: str, **options: object) -> subprocess.Popen[str]:
+    (file := folder / "program.py").write_text(program)
+    return subprocess.Popen(
+        [sys.executable, file],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=(folder / "stderr").open("wb"),
+        text=True,
+        **options,
+    )
+
+
+def assert_gone(processes: list[int]) -> None:
+    deadline = time.monotonic() + 10
+    while left := [pid for pid in processes if running(pid)]:
+        assert time.monotonic() < deadline, f"{left} outlive the program"
+        time.sleep(0.02)
+
+
+def running(pid: int) -> bool:
+    try:
+        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+@pytest.mark.parametrize("whole_group", [False, True])
+def test_a_signal_ends_ranks_and_engines_with_one_sentence(tmp_path, number, whole_group):
+    program = started(tmp_path, RANKS_WITH_ENGINES, process_group=0)
+    processes = [int(program.stdout.readline()) for _ in range(4)]
+    (os.killpg if whole_group else os.kill)(program.pid, number)
+    killed = number == signal.SIGKILL
+    assert program.wait(10) == (-number if killed else 128 + number)
+    assert_gone(processes)
+    sentence = f"\nstasc: stopped by {number.name}; run the same command again to go on.\n"
+    assert (tmp_path / "stderr").read_text() == ("" if killed else sentence)
+
+
+def test_nohup_keeps_ignoring_a_closed_terminal(tmp_path):
+    ignore = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # noqa: E731
+    program = started(tmp_path, RANKS_WITH_ENGINES, preexec_fn=ignore)
+    processes = [int(program.stdout.readline()) for _ in range(4)]
+    for process in processes:
+        os.kill(process, signal.SIGHUP)
+    time.sleep(0.3)
+    assert all(map(running, processes))
+    program.terminate()
+    assert program.wait(10) == 143
+    assert_gone(processes)
+
+
+def test_a_pool_of_the_users_is_ended_without_the_program(tmp_path):
+    program = started(tmp_path, POOL)
+    assert program.stdout.readline() == "the program goes on\n", (tmp_path / "stderr").read_text()
+    program.stdin.close()
+    assert program.wait(10) == 0
