@@ -130,6 +130,23 @@ def test_no_label_of_a_figure_is_cut_off(tmp_path, monkeypatch):
     assert "gain: r(Y2) of Mₙ less Mₙ₋₁" in drawn
 
 
+def test_a_system_without_iterations_has_a_bar_like_others_and_one_tick(tmp_path, monkeypatch):
+    drawn = {}
+    save = Figure.savefig
+
+    def save_and_look(figure: Figure, *arguments: object, **options: object) -> None:
+        save(figure, *arguments, **options)
+        (axes,) = figure.axes
+        drawn[axes.get_ylabel()] = axes
+
+    monkeypatch.setattr(Figure, "savefig", save_and_look)
+    report(make_run(tmp_path / "run", ONE, "SelfRefine"), "--out", tmp_path / "out")
+    axes = drawn["share of pairs"]
+    assert list(axes.get_xticks()) == [0]
+    left, right = axes.get_xlim()
+    assert right - left > 5 * axes.patches[0].get_width()
+
+
 # ---------------------------------------------------------------- the page
 
 HOSTILE = (

@@ -72,6 +72,17 @@ def test_markdown_shows_a_text_as_it_is():
 # ---------------------------------------------------------------- Tables 1 and 2
 
 
+def test_three_seeds_have_an_interval(tmp_path):
+    for seed, final in enumerate(("110000", "110100", "111100")):
+        make_run(tmp_path / f"runs/{seed}", [("000000", "000000"), ("000000", final)], seed=seed)
+    report(tmp_path / "runs", "--out", tmp_path / "out")
+    (row,) = rows(tmp_path / "out", "table2")
+    low, high = stats.ttest_1samp([2 / 6, 3 / 6, 4 / 6], 0).confidence_interval(0.95)
+    found = numbers(row, "final_r2", "final_r2_low", "final_r2_high")
+    assert found == pytest.approx([0.5, low, high], abs=1e-6)
+    assert f"0.500<br><sub>\\[{low:.3f}, {high:.3f}\\]</sub>" in (tmp_path / "out/report.md").read_text()
+
+
 def test_table_2_by_hand(tmp_path, capsys):
     # r(Y2) of seed 1: 1/6, 5/6, 2/6; of seed 2: 1/6, 2/6, 3/6.
     make_run(tmp_path / "a", [("000000", "000001"), ("100000", "111110"), ("000000", "110000")], seed=1)
@@ -90,7 +101,7 @@ def test_table_2_by_hand(tmp_path, capsys):
     assert float(row["max_r2_deviation"]) == pytest.approx(fmean(deviations))
     assert row["max_r2_iterations"] == "1 2"
     assert float(row["final_r2"]) == pytest.approx(2.5 / 6)
-    assert [row["final_r2_low"], row["final_r2_high"]] == ["", ""], "of two seeds an interval says nothing"
+    assert row["final_r2_low"] == row["final_r2_high"] == "", "two seeds say too little for an interval"
     # Questions gain 1, 1, 0, 1/2, 0 and -1 over M_0, as means over the two seeds.
     assert float(row["difference"]) == pytest.approx(1.5 / 6)
     assert row["questions"] == "6"

@@ -22,7 +22,7 @@ def test_the_mean_of_seeds_has_a_t_interval():
     found = over_seeds([0.25, 0.5, 0.375])
     by_scipy = stats.ttest_1samp([0.25, 0.5, 0.375], 0).confidence_interval(0.95)
     assert found == pytest.approx((0.375, by_scipy.low, by_scipy.high))
-    assert over_seeds([0.5]) == (0.5, None, None)
+    assert over_seeds([0.25, 0.75]) == (0.5, None, None)
     assert over_seeds([0.5, None]) == (None, None, None)
 
 

@@ -117,7 +117,7 @@
       if (form.elements[name]) form.elements[name].value = value;
     }
     search();
-    document.getElementById("trajectories").scrollIntoView();
+    document.getElementById("trajectories").scrollIntoView({ behavior: "instant" });
   }
 
   function fill(name, values) {
