@@ -309,7 +309,7 @@ def _whole_run(
     if whole.iterations:
         dataset, trajectories = whole.first["dataset"], whole.first["trajectories"]
         below = (
-            f"D_1 has {dataset} examples of {trajectories} trajectories here; all kept would be all of them."
+            f"D_1 has {dataset} examples of {trajectories} trajectories here; all kept means {trajectories}."
         )
         if whole.first["longest"]:
             below += " As it is empty, training is counted with the longest examples."
