@@ -4,6 +4,6 @@ import sys
 
 from stasc.house import OwnPackages
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 sys.meta_path.insert(0, OwnPackages)

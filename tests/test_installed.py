@@ -177,7 +177,7 @@ def test_the_command_and_the_module_are_one_program(run, tmp_path):
         assert (command.returncode, command.stdout) == (module.returncode, module.stdout)
         assert command.returncode == status
         assert command.stdout
-    assert command.stdout == "stasc 0.1.0\n"
+    assert command.stdout == "stasc 0.2.0\n"
 
 
 @pytest.mark.slow
@@ -190,7 +190,7 @@ def test_scripts_are_commands(run, tmp_path, script):
 
 def test_what_a_wheel_holds(wheel):
     files = zipfile.ZipFile(wheel).namelist()
-    assert {file.partition("/")[0] for file in files} == {"stasc", "stasc-0.1.0.dist-info"}
+    assert {file.partition("/")[0] for file in files} == {"stasc", "stasc-0.2.0.dist-info"}
     expected = {"stasc/py.typed"}
     for room in ("callbacks", "configs", "data", "scripts"):
         expected |= {f"stasc/{path.relative_to(ROOT)}" for path in (ROOT / room).rglob("*.[py]*[yl]")}
