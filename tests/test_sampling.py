@@ -428,7 +428,8 @@ def test_the_worker_ends_with_its_parent(models, tmp_path, how, when):
         assert parent.stdout.readline() == "sampling\n"
     os.killpg(parent.pid, how)  # Ctrl-C goes to the whole foreground process group
     output, _ = parent.communicate(timeout=30)
-    assert parent.returncode == -how
+    # Of an interrupt Python's status is 1 where something has run code at its end.
+    assert parent.returncode in ((-how, 1) if how == signal.SIGINT else (-how,))
     assert ("KeyboardInterrupt" in output) == (how == signal.SIGINT)
     deadline = time.monotonic() + 30
     while session(worker) and time.monotonic() < deadline:
@@ -464,7 +465,7 @@ def test_the_config_overrides_the_environment(models, monkeypatch):
     monkeypatch.setattr(
         vllm_module, "_Engine", lambda options, environment, log: launched.append(environment)
     )
-    for sampler in (VLLMSampler(), VLLMSampler(log_level="DEBUG", batch_invariant=True)):
+    for sampler in (VLLMSampler(1.0), VLLMSampler(1.0, log_level="DEBUG", batch_invariant=True)):
         sampler.start(
             models / "first", device=torch.device("cuda", 0), context=CONTEXT, log=models / "unused.log"
         )
