@@ -68,7 +68,8 @@
     const references = element("p", "references", "References: ");
     t.references.forEach((reference, i) => references.append(i ? " · " : "", quoted("span", reference)));
     const answers = element("div", "answers", ...t.answers.map(answerBox));
-    const follow = element("a", "", "Follow this question through all iterations and systems");
+    const here = trajectories.filter((other) => other.question === t.question).length;
+    const follow = element("a", "", `Follow this question through iterations and systems (${here} on this page)`);
     follow.href = PLACE + new URLSearchParams({ question: t.question });
     const parts = [element("p", "meta", badge, bdi), quoted("h3", t.text), references, answers, element("p", "follow", follow)];
     return element("li", "", element("article", "", ...parts));
