@@ -132,7 +132,7 @@ class Measurement(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: CorrectionSFT) -> None:
         """All is evaluated: see whether draws depend on the batch."""
         experiment: Experiment = trainer.datamodule.experiment
-        if self.start == 2 or not experiment.algorithm.iterations:
+        if trainer.is_global_zero and (self.start == 2 or not experiment.algorithm.iterations):
             self.phases.switch(BATCH)
             self.phases.found["alone"] = drawn_otherwise_alone(experiment)
             self.phases.switch(AROUND)
