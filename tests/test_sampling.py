@@ -15,6 +15,7 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -461,6 +462,8 @@ def test_the_config_overrides_the_environment(models, monkeypatch):
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    gpu = SimpleNamespace(name="a GPU", total_memory=16 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     launched = []
     monkeypatch.setattr(
         vllm_module, "_Engine", lambda options, environment, log: launched.append(environment)
