@@ -383,6 +383,7 @@ def run() -> None:
     warnings.filterwarnings("ignore", message=".*has both parameters with requires_grad.*")  # LoRA under FSDP
     warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # test metrics are those of all processes
     warnings.filterwarnings("ignore", message=".*Detected call of `lr_scheduler.step.*")  # an empty D_n
+    warnings.filterwarnings("ignore", message=".*yielded None.*")  # the one batch of an empty D_n
     set_verbosity_error()  # transformers warns of what is refused here, or of no matter
     disable_progress_bar()  # of transformers, for every load and save of a model
     try:

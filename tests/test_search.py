@@ -194,7 +194,7 @@ def test_a_search_goes_on_after_a_kill_prunes_and_ends_in_a_table(script, start,
             assert float(row[f"last {key}"]) == pytest.approx(metrics[key])
     pruned = out / f"trial-{numbers[2]:03d}"
     assert not (pruned / "iteration-02/metrics.json").exists()
-    assert "interrupted" in (pruned / "fit.log").read_text()
+    assert "stopped by SIGINT" in (pruned / "fit.log").read_text()
     for run in out.glob("trial-*"):
         stages = (run / "fit.log").read_text()
         assert "M_1 on validation" in stages or run.name == "trial-000"
