@@ -230,7 +230,8 @@ def check_model(folder: Path, m0: Path) -> None:
     """M_n goes wherever M_0 went, and has learnt something."""
     assert AutoTokenizer.from_pretrained(folder).chat_template
     assert AutoModelForCausalLM.from_pretrained(folder).dtype == torch.bfloat16
-    assert {path.name for path in folder.iterdir()} == {path.name for path in m0.iterdir()}
+    beside = {"README.md", "stasc.yaml"}  # the card, and how M_n is asked
+    assert {path.name for path in folder.iterdir()} == {path.name for path in m0.iterdir()} | beside
     for path in m0.iterdir():
         if path.suffix != ".safetensors":
             assert (folder / path.name).read_bytes() == path.read_bytes()
