@@ -347,6 +347,8 @@ class STaSCCLI(LightningCLI):
             log = run.folder / f"error-{self.trainer.global_rank}.log"
             log.write_text("".join(traceback.format_exception(error)), encoding="utf-8", errors="replace")
             raise UserError(f"{sentence} The whole traceback is in {log}.") from error
+        finally:
+            run.unlock()
 
 
 def help_text(command: str) -> str:

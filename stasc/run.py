@@ -208,6 +208,12 @@ class Run:
         print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
         self._lock = file
 
+    def unlock(self) -> None:
+        """Let others run in this folder again."""
+        if self._lock:
+            self._lock.close()
+            self._lock = None
+
     def claim(
         self,
         config: dict[str, Any],

@@ -178,7 +178,8 @@ def test_stopped_three_times_with_vllm(stasc, cache, with_vllm, tmp_path):
         assert "Traceback" not in output
         assert not (run / not_there).exists(), "stopped too late"
         assert_no_workers(program.pid)
-        finished |= {path: path.stat().st_mtime_ns for path in run.glob("iteration-*/*.json*")}
+        files = (path for path in run.glob("iteration-*/*.json*") if path.name != "lines.json")  # it grows
+        finished |= {path: path.stat().st_mtime_ns for path in files}
 
     again = stasc(*command)
     assert again.returncode == 0, again.stderr
