@@ -219,7 +219,8 @@ class STaSCCLI(LightningCLI):
             _check_nodes(self.trainer)
         with Progress("reading the questions and the tokenizer"):
             experiment = self.datamodule.experiment = self._experiment()
-        check_weights(experiment.base)
+        if rank_zero_only.rank == 0:  # it reads all of them
+            check_weights(experiment.base)
         if self.subcommand != "fit":
             output = self.datamodule.output_path(self.subcommand)
             if output.exists() and rank_zero_only.rank == 0:
@@ -478,8 +479,9 @@ def _check_nodes(trainer: Trainer) -> None:
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK") if name not in os.environ]
     if missing and isinstance(environment, LightningEnvironment):
         raise UserError(
-            f"trainer.num_nodes is {trainer.num_nodes}, and {missing[0]} is not set: start the command on "
-            "all nodes with the MASTER_ADDR and MASTER_PORT of the first, and NODE_RANK, which is 0 there."
+            f"trainer.num_nodes is {trainer.num_nodes}, and {missing[0]} is not set: start the program with "
+            "torchrun or srun, or on each node with the MASTER_ADDR and MASTER_PORT of the first one, and "
+            "NODE_RANK, which is 0 there."
         )
     if trainer.local_rank == 0:
         place = f"{environment.main_address}:{environment.main_port}"

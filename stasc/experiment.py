@@ -392,15 +392,13 @@ class Experiment:
         questions = {question.id: question for question in self.questions[source]}
         records = Records(path, questions, f"data.{source}")
         written, found = self.run.lines(path), len(records)
-        if written is None and path.name != "dataset.jsonl":  # an older run; and D_n may rightly be empty
-            written = max(found, len(questions))
-        if written not in (None, found):
+        if written is None and processes.rank() == 0:  # killed before it could note them
+            self.run.note_lines(path, found)
+        elif written not in (None, found):
             raise UserError(
                 f"{path} has {found} lines, and {written} were written: remove it, and the same command "
                 "makes it anew."
             )
-        if self.run.lines(path) is None and processes.rank() == 0:  # killed before it could note them
-            self.run.note_lines(path, found)
         return records
 
     def _write(self, path: Path, metrics: dict[str, Any]) -> None:

@@ -70,12 +70,13 @@ def check_trainer_options(trainer: Mapping[str, Any]) -> None:
     )
     _check_name("strategy", trainer, ["auto", *StrategyRegistry.available_strategies()])
     _check_name("profiler", trainer, ["simple", "advanced", "pytorch"])
-    _check_devices(trainer["accelerator"], trainer["devices"])
-    if trainer["num_nodes"] > 1 and not {"WORLD_SIZE", "SLURM_NTASKS", "MASTER_ADDR"} & os.environ.keys():
+    strategy = trainer["strategy"]
+    if isinstance(strategy, Mapping) and strategy.get("init_args", {}).get("state_dict_type") == "sharded":
         raise UserError(
-            f"trainer.num_nodes is {trainer['num_nodes']}, and nothing has started processes on other "
-            "machines: start the program with torchrun or srun, or leave the option out."
+            "trainer.strategy.init_args.state_dict_type is sharded, and a run goes on from a checkpoint in "
+            "one file: set it to full, or leave it out."
         )
+    _check_devices(trainer["accelerator"], trainer["devices"])
 
 
 def _check_name(option: str, trainer: Mapping[str, Any], names: list[str]) -> None:

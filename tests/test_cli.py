@@ -96,6 +96,11 @@ def jsonl(path, *rows: object):
         ("seed_everything", "false", "seed_everything is False: it must be a number"),
         ("trainer.devices", 999, "trainer.devices is 999 and this machine has"),
         (
+            "trainer.strategy",
+            "{class_path: FSDPStrategy, init_args: {state_dict_type: sharded}}",
+            "trainer.strategy.init_args.state_dict_type is sharded, and a run goes on from a checkpoint in",
+        ),
+        (
             "trainer.logger",
             "{class_path: CSVLogger, init_args: {save_dir: x}}",
             "trainer.logger has save_dir x: ",
@@ -128,7 +133,7 @@ def jsonl(path, *rows: object):
         (
             "trainer.num_nodes",
             2,
-            "trainer.num_nodes is 2, and nothing has started processes on other machines",
+            "trainer.num_nodes is 2, and MASTER_ADDR is not set: start the program with torchrun or srun",
         ),
         (
             "trainer.accelerator",
@@ -399,6 +404,24 @@ def test_an_overlays_questions_and_reward_keep_their_own_defaults(capsys, monkey
 def test_a_config_by_a_name_that_there_is_not(refused):
     assert "there is no config quick_start: give a file, or the name of one in" in refused(
         "--config", "quick_start"
+    )
+
+
+def test_an_error_in_a_users_reward_is_named_and_its_traceback_is_in_a_file(capsys, monkeypatch, tmp_path):
+    options = ["--config", ROOT / "configs/quickstart.yaml", "--model.base", tiny_model(tmp_path / "model")]
+    options += ["--sampler", "TransformersSampler", "--data.train.size", 2, "--data.test.size", 2]
+    options += ["--run_dir", tmp_path / "run", "--data.reward", "users_mistakes.RaisesInScore"]
+    monkeypatch.setattr(sys, "argv", ["stasc", "fit", *map(str, options)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    sentence = capsys.readouterr().err
+    assert sentence.count("\n") == 1
+    assert "RaisesInScore.score of yours failed, on an answer to question '" in sentence
+    log = tmp_path / "run/error-0.log"
+    assert sentence.endswith(f"The whole traceback is in {log}.\n")
+    assert log.read_text().endswith(
+        "KeyError: 'score'\non an answer to question '" + sentence.split("'")[1] + "'\n"
     )
 
 

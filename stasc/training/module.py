@@ -140,11 +140,6 @@ class CorrectionSFT(LightningModule):
                 "model.lora trains part of the weights, for which FSDPStrategy needs use_orig_params: "
                 "remove it from trainer.strategy.dict_kwargs, or set it to true."
             )
-        if isinstance(strategy, FSDPStrategy) and strategy._state_dict_type == "sharded":
-            raise UserError(
-                "trainer.strategy.init_args.state_dict_type is sharded, and a run goes on from a checkpoint "
-                "in one file: set it to full, or leave it out."
-            )
         if self.attention == "flex" and strategy.root_device.type == "cpu":
             raise UserError("model.attention is flex, which cannot train on a CPU: set it to auto.")
         if self.lora:
