@@ -39,6 +39,8 @@ class FirstUse:
         return any(True for file in self.files for _ in folder.glob(file))
 
 
+_LINES = "lines.json"
+
 WRITTEN_ANEW = (
     "put it back, or remove its iteration's folder, those of later ones and checkpoints, and the same "
     "command goes on from there"
@@ -101,7 +103,7 @@ class Iteration:
     def __init__(self, run_dir: Path, n: int) -> None:
         self.n = n
         self.folder = run_dir / f"iteration-{n:02d}"
-        self.lines = self.folder / "lines.json"
+        self.lines = self.folder / _LINES
         """How many lines were written to each of the files of answers and of D_n."""
         self.dataset = self.folder / "dataset.jsonl"
         """D_n: what is learnt of the trajectories."""
@@ -286,13 +288,13 @@ class Run:
     @staticmethod
     def lines(path: Path) -> int | None:
         """How many lines were written to a file of an iteration; None if that was not noted."""
-        noted = path.parent / "lines.json"
+        noted = path.parent / _LINES
         return read_json(noted).get(path.name) if noted.is_file() else None
 
     @staticmethod
     def note_lines(path: Path, count: int) -> None:
         """Note how many lines were written to a file of an iteration: one that was cut does not say so."""
-        noted = path.parent / "lines.json"
+        noted = path.parent / _LINES
         before = read_json(noted) if noted.is_file() else {}
         write_json(noted, dict(sorted({**before, path.name: count}.items())))
 
