@@ -80,6 +80,8 @@ class QuestionFile(QuestionSource):
         split: str = "train",
         name: str | None = None,
     ) -> None:
+        if not path.strip():
+            raise UserError("the path of a QuestionFile is empty: name a JSONL file or a hub id.")
         self.path = path
         self.question = question
         self.references = references
@@ -172,30 +174,31 @@ class QuestionFile(QuestionSource):
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in enumerate(_lines(path), start=1):
+        location = f"{path}, line {number}"
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_distinct)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{location}: this is not UTF-8 text.") from error
+        except json.JSONDecodeError as error:
+            raise UserError(f"{location}: this is not JSON ({error.msg}, column {error.colno}).") from error
+        except _KeyTwice as error:
+            raise UserError(f"{location}: the column '{error}' is there twice: remove one.") from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{location}: this is not JSON that can be read ({error}).") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{location}: this is not a JSON object with named columns.")
+        yield location, row
+
+
+def _lines(path: Path) -> Iterator[bytes]:
     try:
-        lines = path.open("rb")
+        with path.open("rb") as lines:
+            yield from lines
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): see to that, or name another.") from error
-    with lines:
-        for number, line in enumerate(lines, start=1):
-            location = f"{path}, line {number}"
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_distinct)
-            except UnicodeDecodeError as error:
-                raise UserError(f"{location}: this is not UTF-8 text.") from error
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{location}: this is not JSON ({error.msg}, column {error.colno})."
-                ) from error
-            except _KeyTwice as error:
-                raise UserError(f"{location}: the column '{error}' is there twice: remove one.") from error
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{location}: this is not JSON that can be read ({error}).") from error
-            if not isinstance(row, dict):
-                raise UserError(f"{location}: this is not a JSON object with named columns.")
-            yield location, row
 
 
 class _KeyTwice(Exception):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,6 +105,11 @@ class TrajectoryDataModule(LightningDataModule):
         output: str | None = None,
     ) -> None:
         super().__init__()
+        if type(reward) is Reward:
+            raise UserError(
+                "data.reward is stasc.reward.Reward, which judges nothing: name a subclass of it, such as "
+                "stasc.reward.InAccuracy."
+            )
         self.sources = {"train": train, "validation": validation, "test": test, "predict": predict}
         self.prompts = prompts
         self.sampling = sampling
@@ -235,6 +241,27 @@ class TrajectoryDataModule(LightningDataModule):
     def output_path(self, subcommand: str) -> Path:
         """Where a subcommand other than ``fit`` writes."""
         return Path(self.output) if self.output else self.experiment.run.folder / f"{subcommand}.jsonl"
+
+    def check_output(self, subcommand: str) -> None:
+        """Find out whether a subcommand other than ``fit`` can write its files, before it samples.
+
+        Raises:
+            UserError: One is there, or their folder cannot be written to.
+        """
+        output, metrics = self.output_path(subcommand), self.metrics_path(subcommand)
+        for path in (output,) if subcommand == "predict" else (output, metrics):
+            if path.exists():
+                raise UserError(f"{path} exists: choose another --data.output, or remove it.")
+        if output == metrics:
+            raise UserError(f"data.output {output} is a name for metrics: give one such as test.jsonl.")
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=output.parent):
+                pass
+        except OSError as error:
+            raise UserError(
+                f"{output} cannot be written ({error.strerror}): choose another --data.output or --run_dir."
+            ) from error
 
     def metrics_path(self, subcommand: str) -> Path:
         """Where a subcommand other than ``fit`` writes what it has measured."""

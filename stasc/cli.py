@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import re
@@ -14,7 +13,7 @@ from functools import partial
 from inspect import signature
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
@@ -31,7 +30,7 @@ from callbacks import Curves, Evaluation, OuterLoop, TrainingProgress
 from data import TrajectoryDataModule, demo, smollm2
 from stasc.algorithm import Algorithm, STaSC
 from stasc.config_file import check_named_files, check_value, read_config
-from stasc.errors import UserError
+from stasc.errors import UserError, printable
 from stasc.experiment import Experiment
 from stasc.house import config_file
 from stasc.manual import Manual
@@ -53,12 +52,6 @@ MADE_HERE = {"demo": demo.base_model, "smollm2-135m": smollm2.base_model}
 
 SEED = 42
 """What all draws follow from, unless another number is given."""
-
-_DISK_ERRORS = (
-    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
-    *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EIO),
-)
-"""What an operating system says of a place or a disk that does not do."""
 
 _TRAINER_OPTIONS_THAT_TRAIN = (
     "precision",
@@ -149,8 +142,13 @@ class STaSCCLI(LightningCLI):
         """Check the options; make M_0 if it is one that is made here."""
         config = self.config[self.subcommand]
         check_trainer_options(config.trainer.as_dict())
-        if not config.run_dir.strip():
-            raise UserError("run_dir is empty: name a folder for the run, such as runs/mine.")
+        places = {"run_dir": config.run_dir, "reuse": config.reuse, "data.output": config.data.output}
+        for option, place in places.items():
+            if place is not None and not place.strip():
+                such = " for the run, such as runs/mine" if option == "run_dir" else ", or leave it out"
+                raise UserError(
+                    f"{option} is empty: name a {'file' if option == 'data.output' else 'folder'}{such}."
+                )
         if config.ckpt_path:
             raise UserError(
                 "ckpt_path is not for you to set: a run goes on from its own folder's checkpoint, and "
@@ -210,7 +208,7 @@ class STaSCCLI(LightningCLI):
         kwargs["plugins"] = [WholeCheckpoints(), *filter(None, users)]
         try:
             return super().instantiate_trainer(**kwargs)
-        except (MisconfigurationException, TypeError, ValueError) as error:
+        except (MisconfigurationException, TypeError, ValueError, RuntimeError, ImportError) as error:
             raise UserError(f"the trainer's settings do not work here: {error}") from error
 
     def after_instantiate_classes(self) -> None:
@@ -222,9 +220,8 @@ class STaSCCLI(LightningCLI):
         if rank_zero_only.rank == 0:  # it reads all of them
             check_weights(experiment.base)
         if self.subcommand != "fit":
-            output = self.datamodule.output_path(self.subcommand)
-            if output.exists() and rank_zero_only.rank == 0:
-                raise UserError(f"{output} exists: choose another --data.output, or remove it.")
+            if rank_zero_only.rank == 0:
+                self.datamodule.check_output(self.subcommand)
             return
         self.model.check(self.trainer.strategy)
         if rank_zero_only.rank == 0:
@@ -270,7 +267,7 @@ class STaSCCLI(LightningCLI):
             base=base,
             run=Run(config.run_dir),
             seed=config.seed_everything,
-            reuse=Path(config.reuse) if config.reuse else None,
+            reuse=None if config.reuse is None else Path(config.reuse),
             origin=origin,
         )
 
@@ -341,15 +338,26 @@ class STaSCCLI(LightningCLI):
             self.trainer.fit(model, datamodule=datamodule, **kwargs)
         except UserError:
             raise
-        except Exception as error:
-            sentence = blame(error)
+        except BaseException as error:
+            sentence = blame(error) or self._refused_by_a_callback(error)
             if sentence is None:
                 raise
             log = run.folder / f"error-{self.trainer.global_rank}.log"
-            log.write_text("".join(traceback.format_exception(error)), encoding="utf-8", errors="replace")
+            text = printable("".join(traceback.format_exception(error)), keep="\n")
+            log.write_text(text, encoding="utf-8", errors="replace")
             raise UserError(f"{sentence} The whole traceback is in {log}.") from error
         finally:
             run.unlock()
+
+    def _refused_by_a_callback(self, error: BaseException) -> str | None:
+        """A sentence for an error in a library's callback that the user named; None for other errors."""
+        option = self.config_init[self.subcommand].trainer.callbacks
+        named = [callback for callback in (option if isinstance(option, list) else [option]) if callback]
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            if any(frame.f_locals.get("self") is callback for callback in named):
+                name = type(frame.f_locals["self"]).__name__
+                return f"{name} of trainer.callbacks failed ({type(error).__name__}: {error}): see to it."
+        return None
 
 
 def help_text(command: str) -> str:
@@ -372,7 +380,11 @@ def help_text(command: str) -> str:
 
 
 def run() -> None:
-    """Parse ``sys.argv`` and run; a user's mistake ends in one sentence on standard error and status 2."""
+    """Parse ``sys.argv`` and run.
+
+    Raises:
+        UserError: The user made a mistake.
+    """
     if sys.argv[1] in STaSCCLI.subcommands() and {"-h", "--help"} & set(sys.argv):
         if sys.argv[-1] != "all":
             print(help_text(sys.argv[1]))
@@ -411,25 +423,17 @@ def run() -> None:
     except DistNetworkError as error:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         reason = str(error).partition("\n")[0]
-        _end(
+        raise UserError(
             f"the training processes cannot meet at {place} ({reason}): set the variables MASTER_ADDR and "
             "MASTER_PORT to an address and a free port of the first node."
-        )
-    except (UserError, ArgumentError, MisconfigurationException) as mistake:
-        sentence = " ".join(str(mistake).split())
-        if isinstance(mistake, ArgumentError):
-            sentence = _own(mistake) or plain_words(mistake, sys.argv)
-        _end(sentence)
-    except Exception as error:
-        sentence = blame(error) or _refused_by_the_disk(error)
-        if sentence is None:  # a bug of ours
-            raise
-        _end(sentence)
-
-
-def _end(sentence: str) -> NoReturn:
-    print(f"stasc: {sentence}", file=sys.stderr)
-    sys.exit(2)
+        ) from error
+    except ArgumentError as mistake:
+        sentence = _own(mistake) or plain_words(mistake, sys.argv)
+        if not {argument.partition("=")[0] for argument in sys.argv} & {"-c", "--config"}:
+            sentence += " (no --config FILE was given)"
+        raise UserError(sentence) from mistake
+    except MisconfigurationException as mistake:
+        raise UserError(str(mistake)) from mistake
 
 
 def _own(refusal: BaseException | None) -> str | None:
@@ -437,17 +441,6 @@ def _own(refusal: BaseException | None) -> str | None:
     while refusal and not isinstance(refusal, UserError):
         refusal = refusal.__cause__
     return refusal and str(refusal)
-
-
-def _refused_by_the_disk(error: BaseException) -> str | None:
-    """A sentence for a file or folder that cannot be written or read; None for other errors."""
-    if not isinstance(error, OSError) or error.errno not in _DISK_ERRORS:
-        return None
-    what = error.filename or "a file of the run"
-    return (
-        f"{what} cannot be written or read ({error.strerror}): see to that, or choose another --run_dir; "
-        "what is finished is kept, and the same command goes on."
-    )
 
 
 def _loggers(option: Any) -> list[Namespace]:

@@ -13,6 +13,9 @@ from stasc.errors import UserError, check_text
 MOST_VALUES = 1_000_000
 """Values that a file may have once its aliases are written out; far more than any config needs."""
 
+MOST_BYTES = 1 << 24
+"""Size that a file may have; more than any config needs, and some devices never end."""
+
 
 def read_config(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file.
@@ -50,12 +53,15 @@ def check_named_files(values: Any, folder: Path = Path()) -> None:
 
 def _read(path: Path) -> Any:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with path.open("rb") as file:
+            text = file.read(MOST_BYTES + 1).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"the file {path} is not UTF-8 text: save it as UTF-8.") from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"the config {path} cannot be read ({reason}): name a YAML file.") from error
+    if len(text) > MOST_BYTES:
+        raise UserError(f"the config {path} has more than {MOST_BYTES:,} bytes: name a YAML file.")
     return _parse(text, path)
 
 
@@ -91,8 +97,6 @@ def check_value(option: str, value: Any) -> None:
     elif isinstance(value, float) and math.isnan(value):
         raise UserError(f"{option} is nan: give a number.")
     elif isinstance(value, str):
-        if "\0" in value:
-            raise UserError(f"{option} has a zero byte in it: remove it.")
         check_text(value, option)
 
 

@@ -1,21 +1,93 @@
-"""How the program ends before its work is done: by a signal, or with the process that started it.
+"""How the program ends before its work is done: by a mistake, a signal, or with what has started it.
 
-Such an end needs no farewell. Whatever is done is on disk at any moment (``stasc/run.py``), so the program
-ends at once, and the kernel ends with it whatever it has started: the other ranks and the engines.
+Signals need no farewell. Whatever is done is on disk at any moment (``stasc/run.py``), so the program ends at
+once, and the kernel ends with it whatever it has started: the other ranks and the engines.
 """
 
 import ctypes
+import errno
 import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from stasc.errors import UserError, printable
+from stasc.users_code import blame
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Ctrl-C; SLURM, docker and kill; a closed terminal."""
 
+_DISK_ERRORS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EIO),
+)
+"""What an operating system says of a place or a disk that does not do."""
+
 _PR_SET_PDEATHSIG = 1
 _STARTED_BY = "STASC_STARTED_BY"
+
+
+@contextmanager
+def end_after_mistakes() -> Iterator[None]:
+    """End the program after a mistake with one sentence on standard error and status 2.
+
+    Mistakes are a ``UserError``, an error in code of the user's own or that this code ends the program, and a
+    place or disk that does not take what is written. Other errors are ours and pass. A reader of standard
+    output that goes away, as ``head`` does, ends the program without a word, and with status 141 as others.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started the program
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+        return
+    except UserError as mistake:
+        sentence = str(mistake)
+    except BaseException as error:
+        unwritten = _output_is_closed(error)
+        if unwritten == errno.EPIPE:
+            sys.exit(128 + signal.SIGPIPE)
+        sentence = blame(error) or _refused_by_the_disk(error)
+        if unwritten:
+            sentence = f"standard output cannot be written ({os.strerror(unwritten)}): see to that."
+        if sentence is None and isinstance(error, KeyboardInterrupt):
+            print("\nstasc: interrupted.", file=sys.stderr)
+            sys.exit(128 + signal.SIGINT)
+        if sentence is None:
+            raise
+    with suppress(OSError):
+        print(f"stasc: {printable(' '.join(sentence.split()))}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _output_is_closed(error: BaseException) -> int | None:
+    """The number of the error if it is one of standard output, which is then written nowhere; else None."""
+    if not isinstance(error, OSError) or error.filename is not None:
+        return None
+    try:
+        sys.stdout.flush()  # what could not be written is in its buffer still
+    except OSError as again:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails with it at its end
+        return again.errno
+    return None
+
+
+def _refused_by_the_disk(error: BaseException) -> str | None:
+    """A sentence for a file or folder that cannot be written or read; None for other errors."""
+    if not isinstance(error, OSError) or error.errno not in _DISK_ERRORS:
+        return None
+    what = error.filename or "a file of the run"
+    return (
+        f"{what} cannot be written or read ({error.strerror}): see to that, or choose another --run_dir; "
+        "what is finished is kept, and the same command goes on."
+    )
 
 
 def end_on_signals() -> None:

@@ -1,4 +1,4 @@
-"""The exception for mistakes of the user, and a check of what users write anywhere."""
+"""The exception for mistakes of the user, and checks of texts that strangers wrote."""
 
 
 class UserError(Exception):
@@ -9,12 +9,24 @@ class UserError(Exception):
     """
 
 
+def printable(text: str, *, keep: str = "") -> str:
+    """A text without anything that a terminal would obey: such characters become question marks.
+
+    Args:
+        text: From wherever.
+        keep: Characters that stay, such as the line end.
+    """
+    return "".join(char if char.isprintable() or char in keep else "?" for char in text)
+
+
 def check_text(text: str, name: str) -> None:
-    """Find half characters (lone surrogates), which no file and no tokenizer takes.
+    """Find what no file name, tokenizer or file takes: zero bytes and half characters (lone surrogates).
 
     Raises:
         UserError: There is one; the message begins with ``name``.
     """
+    if "\0" in text:
+        raise UserError(f"{name} has a zero byte at place {text.index(chr(0)) + 1}: remove it.")
     try:
         text.encode()
     except UnicodeEncodeError as error:

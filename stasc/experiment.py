@@ -51,6 +51,8 @@ class Evaluation:
     test_every: int = 1
 
     def __post_init__(self) -> None:
+        if self.marker is not None and not self.marker.strip():
+            raise UserError("data.evaluation.marker is blank: give a text, or null for none.")
         for name in ("samples", "test_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"data.evaluation.{name} is {getattr(self, name)}: it must be 1 or more.")
@@ -358,7 +360,12 @@ class Experiment:
     def _select(self, trajectories: Iterable[Trajectory]) -> Iterator[Example]:
         """What the algorithm selects, if it is what the algorithm says that it learns."""
         name = type(self.algorithm).__name__
-        for example in self.algorithm.select(trajectories):
+        selected = self.algorithm.select(trajectories)
+        if not isinstance(selected, Iterable):
+            raise UserError(
+                f"{name}.select gave {selected!r}: it must give examples, as t.learn() makes them."
+            )
+        for example in selected:
             if not isinstance(example, Example):
                 kind = type(example).__name__
                 raise UserError(
@@ -417,6 +424,7 @@ class Experiment:
                 "data.sampling.temperature is 0, so all draws of a prompt are the same: "
                 "raise it, or set algorithm.n_init and algorithm.n_corr to 1."
             )
+        self._check_turns()
         self._check_models()
         learns = self.algorithm.learns if self.algorithm.iterations else set()
         asks = {turn.prompt for turn in (*self.algorithm.turns, *self.algorithm.test_turns(1))}
@@ -430,6 +438,18 @@ class Experiment:
         self._loaded = 0
         self.context = max(map(self._longest, self.questions))
         """Tokens that the longest prompt and its answer can take together."""
+
+    def _check_turns(self) -> None:
+        """Find out whether the algorithm asks anything."""
+        for name, turns in {
+            "turns": self.algorithm.turns,
+            "test_turns": self.algorithm.test_turns(self.evaluation.samples),
+        }.items():
+            if not (isinstance(turns, tuple) and turns and all(isinstance(turn, Turn) for turn in turns)):
+                raise UserError(
+                    f"{type(self.algorithm).__name__}.{name} gave {turns!r}: it must give a tuple of "
+                    "stasc.algorithm.Turn, the first of which asks for initial answers."
+                )
 
     def _check_models(self) -> None:
         """Find out whether the algorithm names models that there are by then."""

@@ -45,9 +45,7 @@ def plain_words(error: Exception, arguments: Sequence[str]) -> str:
         arguments: Those of the command, which say whether and from which config the option is.
     """
     refusal = str(error)
-    options = {argument.partition("=")[0] for argument in arguments}
-    sentence = _renamed(refusal) or _not_ours(refusal) or blame(error) or _plain(refusal, arguments)
-    return sentence if options & {"-c", "--config"} else f"{sentence} (no --config FILE was given)"
+    return _renamed(refusal) or _not_ours(refusal) or blame(error) or _plain(refusal, arguments)
 
 
 def _plain(refusal: str, arguments: Sequence[str]) -> str:
@@ -65,6 +63,14 @@ def _plain(refusal: str, arguments: Sequence[str]) -> str:
     own = re.search(r"^\s*- (?!Expected|Problem)(.+)$", refusal, re.MULTILINE)
     if own and (class_path := re.search(r"Given value: Namespace\(class_path='([^']+)'", refusal)):
         return f"{f'{where}: ' if option else ''}{class_path[1]} cannot be used ({own[1].strip()})."
+    if kind := re.search(
+        r"(?:does not correspond to a subclass of (\w+)|(an instantiatable class))", refusal
+    ):
+        given = re.search(r"Import path (\S+) does|Given value: (\S+)", refusal)
+        named, needs = given and (given[1] or given[2]), f"a subclass of {kind[1]}"
+        if kind[2]:
+            needs = "a class that has all that its base class asks for"
+        return f"{where}: {named or 'the class'} cannot be used: name {needs}."
     if "codec can't decode" in refusal:
         return f"{where}: the file is not UTF-8 text: save it as UTF-8."
     if wanted := re.findall(

@@ -158,6 +158,11 @@ class Rollout:
                 if self.sampler.prefix_hits is not None:
                     rate += f", {self.sampler.prefix_hits:.0%} cached"
                 progress.update(len(draws), rate)
+        if len(mine) < len(share):
+            name = type(self.sampler).__name__
+            raise UserError(
+                f"the sampler {name} answered {len(mine)} of {len(share)} requests: it must answer them all."
+            )
         for others in processes.from_all_ranks(mine):
             scored |= others
         return [scored[i] for i in range(len(requests))]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from stasc.errors import UserError
-from stasc.report.runs import Point, RunResult, printable
+from stasc.errors import UserError, printable
+from stasc.report.runs import Point, RunResult
 from stasc.report.systems import BASE, SIZES
 from stasc.run import SystemRecord
 

@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 import pandas as pd
 
 from stasc.algorithm import VARIANTS
-from stasc.errors import UserError
-from stasc.report.runs import RunResult, printable
+from stasc.errors import UserError, printable
+from stasc.report.runs import RunResult
 from stasc.report.table import to_frame
 from stasc.run import SystemRecord
 from stasc.trajectory import TRANSITIONS, Question

@@ -14,7 +14,8 @@ from urllib.parse import quote
 
 import pandas as pd
 
-from stasc.report.runs import RunResult, printable
+from stasc.errors import printable
+from stasc.report.runs import RunResult
 from stasc.report.systems import Panel, System, compared, grid
 from stasc.report.table import UNKNOWN, Column, Row, Table, interval, number, to_frame
 from stasc.run import Run
