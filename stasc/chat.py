@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from jsonargparse import ArgumentError, ArgumentParser
 from transformers.utils.logging import disable_progress_bar
 
-from stasc.errors import UserError, check_text, printable
+from stasc.errors import UserError, check_text
 from stasc.refusals import plain_words
 from stasc.sampling import Sampler, TransformersSampler
 from stasc.self_corrector import SelfCorrector
+from stasc.texts import printable
 from stasc.trajectory import Trajectory
 
 

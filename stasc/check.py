@@ -37,7 +37,6 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from callbacks.measurement import AROUND, ITERATION, RESUME, START, TRAIN, TRAIN_LONGEST, WRITE, host_memory
-from stasc.errors import UserError
 from stasc.model_folder import ModelFolder
 from stasc.run import Run
 

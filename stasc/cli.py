@@ -8,7 +8,6 @@ import re
 import sys
 import traceback
 import warnings
-import zipfile
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -30,7 +29,7 @@ from callbacks import Curves, Evaluation, OuterLoop, TrainingProgress
 from data import TrajectoryDataModule, demo, smollm2
 from stasc.algorithm import Algorithm, STaSC
 from stasc.config_file import check_named_files, check_value, read_config
-from stasc.errors import UserError, printable
+from stasc.errors import UserError
 from stasc.experiment import Experiment
 from stasc.house import config_file
 from stasc.manual import Manual
@@ -41,8 +40,9 @@ from stasc.provenance import fingerprint, this_start
 from stasc.refusals import plain_words
 from stasc.run import NEVER, START, TRAINING, FirstUse, Run, SystemRecord, first_use, flatten
 from stasc.sampling import Sampler, VLLMSampler
+from stasc.texts import printable
 from stasc.trainer_options import check_trainer_options
-from stasc.training.checkpoints import WholeCheckpoints
+from stasc.training.checkpoints import WholeCheckpoints, check_checkpoint
 from stasc.training.module import CorrectionSFT
 from stasc.training.weights import check_weights
 from stasc.users_code import blame
@@ -324,11 +324,7 @@ class STaSCCLI(LightningCLI):
         run = datamodule.experiment.run
         going_on = not kwargs.get("ckpt_path") and run.last_checkpoint.is_file()
         if going_on:
-            if not zipfile.is_zipfile(run.last_checkpoint):
-                raise UserError(
-                    f"{run.last_checkpoint} is damaged: remove it, and the run trains its iterations again "
-                    "from the files that it has."
-                )
+            check_checkpoint(run.last_checkpoint)
             kwargs["ckpt_path"] = str(run.last_checkpoint)
         algorithm, questions = datamodule.experiment.algorithm, datamodule.experiment.questions
         counts = ", ".join(f"{len(asked):,} {name}" for name, asked in questions.items())

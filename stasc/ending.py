@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from stasc.errors import UserError, printable
+from stasc.errors import UserError
+from stasc.texts import printable
 from stasc.users_code import blame
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

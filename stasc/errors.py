@@ -1,4 +1,4 @@
-"""The exception for mistakes of the user, and checks of texts that strangers wrote."""
+"""The exception for mistakes of the user, and a check of what users write anywhere."""
 
 
 class UserError(Exception):
@@ -7,16 +7,6 @@ class UserError(Exception):
     The message is one sentence that names the file, line or option and how to fix it. The program prints it
     to standard error and exits with status 2, without a traceback.
     """
-
-
-def printable(text: str, *, keep: str = "") -> str:
-    """A text without anything that a terminal would obey: such characters become question marks.
-
-    Args:
-        text: From wherever.
-        keep: Characters that stay, such as the line end.
-    """
-    return "".join(char if char.isprintable() or char in keep else "?" for char in text)
 
 
 def check_text(text: str, name: str) -> None:

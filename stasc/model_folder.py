@@ -174,6 +174,11 @@ class ModelFolder:
             raise UserError(
                 f"{path}: transformers has no architecture '{kind}': choose another model, or update it."
             )
+        if content.get("quantization_config"):
+            raise UserError(
+                f"{path} has a quantization_config, and quantised weights cannot learn: choose the model "
+                "that was quantised."
+            )
         config = self._loaded(AutoConfig.from_pretrained, "config.json")
         if config.get_text_config() is not config:
             raise UserError(

@@ -63,14 +63,10 @@ def _plain(refusal: str, arguments: Sequence[str]) -> str:
     own = re.search(r"^\s*- (?!Expected|Problem)(.+)$", refusal, re.MULTILINE)
     if own and (class_path := re.search(r"Given value: Namespace\(class_path='([^']+)'", refusal)):
         return f"{f'{where}: ' if option else ''}{class_path[1]} cannot be used ({own[1].strip()})."
-    if kind := re.search(
-        r"(?:does not correspond to a subclass of (\w+)|(an instantiatable class))", refusal
-    ):
-        given = re.search(r"Import path (\S+) does|Given value: (\S+)", refusal)
-        named, needs = given and (given[1] or given[2]), f"a subclass of {kind[1]}"
-        if kind[2]:
-            needs = "a class that has all that its base class asks for"
-        return f"{where}: {named or 'the class'} cannot be used: name {needs}."
+    if wanted := re.search(r"not correspond to a subclass of (\w+)|an instantiatable class", refusal):
+        given = re.search(r"(?:Import path (?=\S+ does not)|Given value: )(\S+)", refusal)
+        needs = f"a subclass of {wanted[1]}" if wanted[1] else "one without abstract methods"
+        return f"{where}: {given[1] if given else 'this class'} cannot be used: name {needs}."
     if "codec can't decode" in refusal:
         return f"{where}: the file is not UTF-8 text: save it as UTF-8."
     if wanted := re.findall(

@@ -50,7 +50,7 @@ def _called_wrongly(refusal: str) -> CodeType | None:
         if _is_users_file(getattr(module, "__file__", None) or "<"):
             found = module
             for name in called[1].split("."):
-                found = getattr(found, name, None)
+                found = getattr(found, "__dict__", {}).get(name)  # some modules make up whatever is asked for
             if code := getattr(found, "__code__", None):
                 return code
     return None

@@ -14,8 +14,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from stasc.errors import UserError, printable
+from stasc.errors import UserError
 from stasc.run import Run, SystemRecord, flatten
+from stasc.texts import printable
 from stasc.trajectory import TRANSITIONS, Question, Trajectory, from_json
 
 _FURTHER = re.compile(r"greedy\.r[12]|samples\.(k|(pass|majority)_r[12])|rounds\.r\d+")

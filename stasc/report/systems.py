@@ -12,10 +12,11 @@ from typing import Any, TypeVar
 import pandas as pd
 
 from stasc.algorithm import VARIANTS
-from stasc.errors import UserError, printable
+from stasc.errors import UserError
 from stasc.report.runs import RunResult
 from stasc.report.table import to_frame
 from stasc.run import SystemRecord
+from stasc.texts import printable
 from stasc.trajectory import TRANSITIONS, Question
 
 BASE = "model.base"
