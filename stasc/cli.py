@@ -22,7 +22,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from torch.distributed import DistNetworkError
+from torch.distributed import DistNetworkError, DistStoreError
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from callbacks import Curves, Evaluation, OuterLoop, TrainingProgress
@@ -132,7 +132,12 @@ class STaSCCLI(LightningCLI):
             and base not in MADE_HERE
             and (manual := Manual.find(ModelFolder.locate(base).path))
         ):
-            self._parser(command).set_defaults(manual.options)
+            options = manual.options
+            if self.config[command].data.answer != self._parser(command).get_defaults().data.answer:
+                del options["data.answer"]  # the user has chosen
+            else:
+                manual.check_code(ModelFolder.locate(base).path)
+            self._parser(command).set_defaults(options)
             super().parse_arguments(parser, args)
         seed = self.config[self.config.subcommand].seed_everything
         if isinstance(seed, bool) or not 0 <= seed < 2**32:
@@ -416,7 +421,7 @@ def run() -> None:
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
-    except DistNetworkError as error:
+    except (DistNetworkError, DistStoreError) as error:  # nobody, or somebody else, is there
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         reason = str(error).partition("\n")[0]
         raise UserError(

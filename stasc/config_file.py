@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,13 @@ MOST_VALUES = 1_000_000
 
 MOST_BYTES = 1 << 24
 """Size that a file may have; more than any config needs, and some devices never end."""
+
+
+_SECRETS = ("api_key", "api_token", "token", "password", "secret")
+"""Options of loggers, in the end, whose values nobody should read in a run folder."""
+
+_SECRET = re.compile(r"://[^/\s:@]+:[^/\s@]+@|\bhf_[A-Za-z0-9]{30,}")
+"""A URL with a password, and a token of the Hugging Face hub."""
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -86,7 +94,7 @@ def check_value(option: str, value: Any) -> None:
     """Find values that no option can have, whatever its type.
 
     Raises:
-        UserError: There is a nan, or a text that no file could have as its name.
+        UserError: There is a nan, a text that no file could have as its name, or a password.
     """
     if isinstance(value, dict):
         for name, inner in value.items():
@@ -98,6 +106,11 @@ def check_value(option: str, value: Any) -> None:
         raise UserError(f"{option} is nan: give a number.")
     elif isinstance(value, str):
         check_text(value, option)
+        if _SECRET.search(value) or (value and option.rpartition(".")[2] in _SECRETS):
+            raise UserError(
+                f"{option} has a password or token, which would stand in config.yaml: leave it out, and set "
+                "the environment variable that its service reads."
+            )
 
 
 def _count(node: yaml.Node, path: Path, counted: dict[int, int]) -> int:

@@ -77,7 +77,7 @@ def check_trainer_options(trainer: Mapping[str, Any]) -> None:
             f"trainer.precision is {trainer['precision']}, which rounds small updates away, so that "
             "hardly anything is learnt: use bf16-mixed or 32-true."
         )
-    _check_name("accelerator", trainer, ["auto", "gpu", "cuda", "cpu", "mps"])
+    _check_name("accelerator", trainer, ["auto", "gpu", "cpu", "cuda", "mps"])
     _check_name("strategy", trainer, ["auto", "ddp", "fsdp"], StrategyRegistry.available_strategies())
     _check_name("profiler", trainer, ["simple", "advanced", "pytorch"])
     _check_callbacks(trainer["callbacks"])
