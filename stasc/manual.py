@@ -105,8 +105,8 @@ class Manual:
         class_path = str(self.answer.get("class_path"))
         if not class_path.startswith("stasc.answers."):
             raise UserError(
-                f"{folder / _FILE} names {class_path} as data.answer, which is code that did not come with stasc: "
-                f"if you trust it, give --data.answer {class_path} yourself."
+                f"{folder / _FILE} names {class_path} as data.answer, which is code that did not come with "
+                f"stasc: if you trust it, give --data.answer {class_path} yourself."
             )
 
     @property

@@ -51,9 +51,7 @@ def test_a_checkpoint_that_would_run_code_is_refused_and_not_read(tmp_path, monk
         torch.save({"state_dict": {}, "epoch": Strange() if damage is None else 1}, path)
         if damage:
             os.truncate(path, path.stat().st_size // 2 if damage == "cut" else 0)
-        with pytest.raises(
-            UserError, match=r"last\.ckpt is damaged, or not a checkpoint of this program: rem"
-        ):
+        with pytest.raises(UserError, match=r"last\.ckpt is damaged, or not a checkpoint of this program"):
             check_checkpoint(path)
     assert not (tmp_path / "ran").exists()
     torch.save({"state_dict": {"weight": torch.ones(2)}, "loops": {"epoch": 1}}, path)
