@@ -157,9 +157,7 @@ def test_weights_that_could_run_code_are_refused_and_not_read(folder, name):
 
     (folder.path / "model.safetensors").unlink()
     (folder.path / name).write_bytes(pickle.dumps(Strange()))
-    with pytest.raises(
-        UserError, match=rf"has no usable safetensors weights .*; {name} could run code of its"
-    ):
+    with pytest.raises(UserError, match=rf"has no usable safetensors weights .*; {name} could run code"):
         folder.tensor_shapes()
     assert not (folder.path / "ran").exists()
 
@@ -172,9 +170,7 @@ def test_code_of_a_model_is_refused_at_once_and_not_run(folder):
         folder.tokenizer()  # transformers may know a tokenizer for the architecture
     code = {"AutoConfig": "strange.Strange", "AutoModelForCausalLM": "strange.Strange"}
     change_config(folder, model_type="strange", auto_map=code)
-    with pytest.raises(
-        UserError, match=r"is read by Python code of its own \(auto_map\), which stasc does not"
-    ):
+    with pytest.raises(UserError, match=r"is read by Python code of its own \(auto_map\)"):
         folder.model_config()
     assert not (folder.path / "ran").exists()
 
@@ -186,17 +182,13 @@ def test_a_folder_that_leads_to_other_files_is_refused(folder):
         with pytest.raises(UserError, match=r"index\.json names .*, which is no file of this folder"):
             folder.tensor_shapes()
     (folder.path / "adapter_config.json").write_text('{"base_model_name_or_path": "nobody/nothing"}')
-    with pytest.raises(
-        UserError, match=r"has an adapter_config\.json, so it is an adapter of a model: merge"
-    ):
+    with pytest.raises(UserError, match=r"has an adapter_config\.json, so it is an adapter"):
         folder.model_config()
 
 
 def test_quantised_weights_are_refused(folder):
     change_config(folder, quantization_config={"quant_method": "gptq"})
-    with pytest.raises(
-        UserError, match="quantised weights cannot learn: choose the model that was quantised"
-    ):
+    with pytest.raises(UserError, match="quantised weights cannot learn: choose the model that"):
         folder.model_config()
 
 
