@@ -1,12 +1,12 @@
 """What strangers write is shown and not obeyed, stays in its place, and secrets stay out of all files."""
 
 import ast
+import html
 import json
 import re
 import sys
 from pathlib import Path
 
-import bleach
 import markdown
 import psutil
 import pytest
@@ -97,7 +97,7 @@ def test_tensorboards_table_and_the_card_show_a_text_as_it_is():
     cells = re.findall(r"<td>(.*?)</td>", page)
     visible = "".join(char if char.isprintable() else "?" for char in HOSTILE)
     assert len(cells) == 6
-    assert bleach.clean(cells[0], tags=[]).replace("&gt;", ">").replace("&lt;", "<") == visible
+    assert html.unescape(cells[0]) == visible
     code = markdown.markdown(inline_code("``` `a|b` <b>"))
     assert code == "<p><code>``` `a|b` &lt;b&gt;</code></p>"
 
