@@ -110,7 +110,7 @@ class OuterLoop(Callback):
             self._end_update(trainer, pl_module, iteration_ends=iteration_ends)
         if not iteration_ends:
             return
-        if not data.steps:
+        if not self.losses:
             base = experiment.base_model(n)
             say(
                 f"iteration {n}: D_{n} is empty, so M_{n} is M_{base}: {experiment.why_empty(n)}. Draw more "

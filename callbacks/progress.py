@@ -36,7 +36,7 @@ class TrainingProgress(ProgressBar):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """A micro-batch is done, and perhaps a step."""
-        if self.stage and batch.ends_step and not trainer.datamodule.experiment.on_policy:
+        if self.stage and not trainer.datamodule.experiment.on_policy and batch.ends_step:
             metrics = trainer.progress_bar_metrics.items()
             note = ", ".join(f"{name.rpartition('/')[2]} {value:.3g}" for name, value in metrics)
             self.stage.update(1, note)
