@@ -130,7 +130,7 @@ def trajectories(draw, most=3):
 def test_improving_is_what_non_decreasing_keeps_less_what_stays_right(members, threshold):
     kept = {
         variant: [
-            example.trajectory for example in STaSC(variant=variant, threshold=threshold).select(members)
+            example.trajectory for example in STaSC(variant=variant, threshold=threshold).select(1, members)
         ]
         for variant in VARIANTS
     }

@@ -88,7 +88,7 @@ class TakesTooLittle(Reward):
 
 
 class SelectsNothing(STaSC):
-    def select(self, trajectories):
+    def select(self, n, trajectories):
         return None
 
 
