@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import math
 import os
 import random
@@ -116,10 +117,11 @@ class QuestionFile(QuestionSource):
             os.environ["HF_DATASETS_OFFLINE"] = "1"  # what is in its cache, and no retries; read on import
         from datasets import load_dataset  # slow: it imports pandas and more
 
+        logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what it raises is told below
         try:
             rows = load_dataset(self.path, self.name, split=self.split)
         except Exception as error:  # the hub client raises many unrelated types
-            reason = away or str(error).strip().partition("\n")[0] or type(error).__name__
+            reason = away or str(error.__cause__ or error).strip().partition("\n")[0] or type(error).__name__
             raise UserError(
                 f"'{self.path}' is not a file, and its split '{self.split}' could not be loaded from the "
                 f"Hugging Face hub ({reason})."

@@ -255,6 +255,28 @@ class TrajectoryDataModule(LightningDataModule):
         """Where a subcommand other than ``fit`` writes."""
         return Path(self.output) if self.output else self.experiment.run.folder / f"{subcommand}.jsonl"
 
+    def check_batches(self, accumulate: int) -> None:
+        """Find settings with which no batch could be made, before anything is sampled.
+
+        Args:
+            accumulate: Least number of micro-batches of an optimiser step.
+
+        Raises:
+            UserError: A prompt alone exceeds the token budget, or there are more micro-batches than examples.
+        """
+        tokens, question = self.experiment.longest_prompt
+        budget, size = self.batches.token_budget, self.batches.size
+        if self.training_prompts is None and tokens >= budget:
+            raise UserError(
+                f"data.batches.token_budget is {budget}, and a prompt of training question '{question}' has "
+                f"{tokens} tokens without its answer: raise it."
+            )
+        if self.experiment.algorithm.questions_per_update is None and accumulate > size:
+            raise UserError(
+                f"trainer.accumulate_grad_batches is {accumulate}, and data.batches.size {size}, so that "
+                "batches would have no example: lower the first, or raise the second."
+            )
+
     def check_output(self, subcommand: str) -> None:
         """Find out whether a subcommand other than ``fit`` can write its files, before it samples.
 

@@ -236,6 +236,7 @@ class STaSCCLI(LightningCLI):
         )
         if experiment.on_policy:
             self.model.temperature = experiment.sampling.temperature
+        self.datamodule.check_batches(self.trainer.accumulate_grad_batches)
         self.model.check(self.trainer.strategy)
         if rank_zero_only.rank == 0:
             experiment.run.lock()

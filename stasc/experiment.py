@@ -513,6 +513,9 @@ class Experiment:
                 "correct the eos_token_id of its generation_config.json, or its tokenizer."
             )
         self._loaded = 0
+        self.longest_prompt = 0, ""
+        """Tokens of the longest prompt that answers may be learnt for, without the answers that it will hold,
+        and the id of its question."""
         self.context = max(map(self._longest, self.questions))
         """Tokens that the longest prompt and its answer can take together."""
 
@@ -571,6 +574,9 @@ class Experiment:
         questions, longest, room = self.questions[name], 0, self.base.context
         for number, turn in enumerate(turns, start=1):
             lengths, answers = self.dialogue.lengths(turn.prompt, number, questions)
+            if name == "train" and turn.prompt in self.algorithm.learns:
+                ids = [question.id for question in questions]
+                self.longest_prompt = max(self.longest_prompt, *zip(lengths, ids, strict=True))
             for question, length in zip(questions, lengths, strict=True):
                 needed = length + (answers + 1) * max_tokens
                 if needed > room:

@@ -129,6 +129,16 @@ def jsonl(path, *rows: object):
             "trainer.gradient_clip_val cannot be nan: it must be a number or",
         ),
         ("trainer.gradient_clip_val", ".nan", "trainer.gradient_clip_val is nan"),
+        (
+            "trainer.accumulate_grad_batches",
+            17,
+            "accumulate_grad_batches is 17, and data.batches.size 16, so that batches would have no",
+        ),
+        (
+            "data.batches.token_budget",
+            50,
+            "token_budget is 50, and a prompt of training question",
+        ),
         ("trainer.accumulate_grad_batches", 0, "trainer.accumulate_grad_batches is 0: it must be 1 or more"),
         ("trainer.devices", 0, "trainer.devices is 0: give the number of devices, 1 or more"),
         (
