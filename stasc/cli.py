@@ -37,7 +37,7 @@ from stasc.model_folder import ModelFolder
 from stasc.progress import Progress, say
 from stasc.prompting import Dialogue
 from stasc.provenance import fingerprint, this_start
-from stasc.refusals import plain_words
+from stasc.refusals import is_given, plain_words
 from stasc.run import NEVER, START, TRAINING, FirstUse, Run, SystemRecord, first_use, flatten
 from stasc.sampling import Sampler, VLLMSampler
 from stasc.texts import printable
@@ -122,6 +122,7 @@ class STaSCCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; what a command other than ``fit`` leaves open is as the model's manual has it.
 
+        Code that a manual names is not imported unless the user names it too.
         The seed is checked here, because Lightning uses it at once.
         """
         super().parse_arguments(parser, args)
@@ -133,10 +134,14 @@ class STaSCCLI(LightningCLI):
             and (manual := Manual.find(ModelFolder.locate(base).path))
         ):
             options = manual.options
-            if self.config[command].data.answer != self._parser(command).get_defaults().data.answer:
-                del options["data.answer"]  # the user has chosen
-            else:
-                manual.check_code(ModelFolder.locate(base).path)
+            if manual.names_code:
+                if not is_given("data.answer", sys.argv):
+                    name = manual.answer.get("class_path")
+                    raise UserError(
+                        f"the stasc.yaml of {base} names {name} as data.answer, which is code that did not come "
+                        f"with stasc: if you trust it, give --data.answer {name} yourself."
+                    )
+                del options["data.answer"]
             self._parser(command).set_defaults(options)
             super().parse_arguments(parser, args)
         seed = self.config[self.config.subcommand].seed_everything

@@ -96,18 +96,10 @@ class Manual:
         text = yaml.dump(asdict(self), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
         write_lines(folder / _FILE, (_HEAD + text).rstrip("\n").split("\n"))
 
-    def check_code(self, folder: Path) -> None:
-        """Find out whether it names code that did not come with this program.
-
-        Raises:
-            UserError: It does; who trusts the code names it on the command line.
-        """
-        class_path = str(self.answer.get("class_path"))
-        if not class_path.startswith("stasc.answers."):
-            raise UserError(
-                f"{folder / _FILE} names {class_path} as data.answer, which is code that did not come with "
-                f"stasc: if you trust it, give --data.answer {class_path} yourself."
-            )
+    @property
+    def names_code(self) -> bool:
+        """Whether it has answers found by a class that did not come with this program."""
+        return not str(self.answer.get("class_path")).startswith("stasc.answers.")
 
     @property
     def options(self) -> dict[str, Any]:

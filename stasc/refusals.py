@@ -106,6 +106,12 @@ def _short(value: str) -> str:
     return value if len(value) <= _LONGEST else f"{value[:_LONGEST]}..."
 
 
+def is_given(option: str, arguments: Sequence[str]) -> bool:
+    """Whether an option, or one within it, was typed or is in a config."""
+    typed = any(re.match(rf"--{re.escape(option)}(?![\w])", argument) for argument in arguments)
+    return typed or bool(_origin(option, arguments))
+
+
 def _origin(option: str, arguments: Sequence[str]) -> str:
     """Which of several configs an option is from, " (in FILE)"; "" if it was typed, or is in none."""
     names = option.split(".")

@@ -130,7 +130,10 @@ def test_code_that_a_model_names_is_not_run_unless_the_user_names_it(predicted, 
     monkeypatch.syspath_prepend(model)
     with pytest.raises(SystemExit, match="2"):
         predicted(Path())
-    assert "names of_a_stranger.Answer as data.answer, which is code that" in capfd.readouterr().err
+    assert (
+        "stasc.yaml of . names of_a_stranger.Answer as data.answer, which is code that"
+        in capfd.readouterr().err
+    )
     assert not Path("ran").exists()
     assert len(predicted(Path(), "--data.answer", "of_a_stranger.Answer")) == 2
     assert Path("ran").exists()

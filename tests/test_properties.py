@@ -68,7 +68,7 @@ def test_f1_and_exact_match_are_symmetric(one, other):
     assert exact_match(one, [other]) == exact_match(other, [one])
 
 
-@given(st.lists(st.from_regex(r"[b-z]{2,6}", fullmatch=True), min_size=1, max_size=5), st.data())
+@given(st.lists(st.from_regex(r"[b-s]{2,6}", fullmatch=True), min_size=1, max_size=5), st.data())
 def test_what_stands_around_a_reference_does_not_hide_it(words, data):
     before, after = (data.draw(st.text("xyz .,!\n", max_size=8)) for _ in range(2))
     assert in_accuracy(f"{before} {' '.join(words)} {after}", [" ".join(words)]) == 1

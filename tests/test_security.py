@@ -24,14 +24,21 @@ from stasc.trajectory import Question
 HOSTILE = (
     "\x1b[2J\x1b]0;owned\x07\x9b31m\r\u202e<script>alert(1)</script> ![x](http://x/y) `a|b` [z](javascript:1)"
 )
-LISTENING: list[object] = []
+LISTENING: set[object] = set()
+"""What this process listens to while the engine samples, and did not before."""
+
+
+def listening() -> set[object]:
+    """The addresses that this process listens to."""
+    found = psutil.Process().net_connections()
+    return {connection.laddr for connection in found if connection.status == psutil.CONN_LISTEN}
 
 
 class Listens(InAccuracy):
     """Looks what this process listens to while the engine samples."""
 
     def score(self, prediction, references):
-        LISTENING.extend(c for c in psutil.Process().net_connections() if c.status == psutil.CONN_LISTEN)
+        LISTENING.update(listening())
         return super().score(prediction, references)
 
 
@@ -54,7 +61,9 @@ def folder(tmp_path_factory) -> Path:
         patch.setenv("WANDB_API_KEY", "sesame")
         patch.setattr(sys, "stdout", output)
         patch.setattr(sys, "argv", ["stasc", "fit", *map(str, options)])
+        before = listening()  # of other tests
         main()
+    LISTENING.difference_update(before)
     return folder
 
 
@@ -76,7 +85,7 @@ def test_tokens_of_the_environment_are_in_no_file(folder):
 
 
 def test_one_process_listens_to_nothing(folder):
-    assert LISTENING == []
+    assert LISTENING == set()
 
 
 def test_what_strangers_write_does_not_reach_the_terminal(folder, capsys):
