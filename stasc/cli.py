@@ -138,8 +138,8 @@ class STaSCCLI(LightningCLI):
                 if not is_given("data.answer", sys.argv):
                     name = manual.answer.get("class_path")
                     raise UserError(
-                        f"the stasc.yaml of {base} names {name} as data.answer, which is code that did not come "
-                        f"with stasc: if you trust it, give --data.answer {name} yourself."
+                        f"the stasc.yaml of {base} names {name} as data.answer, which is code that did not "
+                        f"come with stasc: if you trust it, give --data.answer {name} yourself."
                     )
                 del options["data.answer"]
             self._parser(command).set_defaults(options)
