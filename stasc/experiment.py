@@ -525,7 +525,9 @@ class Experiment:
             "turns": self.algorithm.turns,
             "test_turns": self.algorithm.test_turns(self.evaluation.samples),
         }.items():
-            if not (isinstance(turns, tuple) and turns and all(isinstance(turn, Turn) for turn in turns)):
+            if not (
+                isinstance(turns, list | tuple) and turns and all(isinstance(turn, Turn) for turn in turns)
+            ):
                 raise UserError(
                     f"{type(self.algorithm).__name__}.{name} gave {turns!r}: it must give a tuple of "
                     "stasc.algorithm.Turn, the first of which asks for initial answers."

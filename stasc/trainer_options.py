@@ -107,7 +107,7 @@ def _check_name(
 def _check_callbacks(option: Any) -> None:
     """Raise UserError for a callback of Lightning's that would do what the run does in another way."""
     for callback in option if isinstance(option, list) else [option]:
-        class_path = callback.get("class_path", "") if isinstance(callback, Mapping) else ""
+        class_path = callback.get("class_path", "") if hasattr(callback, "get") else ""
         package, _, name = class_path.rpartition(".")
         if package.startswith("lightning") and name in _CALLBACKS:
             raise UserError(f"trainer.callbacks has {name}, which has no place here: {_CALLBACKS[name]}.")

@@ -5,7 +5,7 @@ import tempfile
 import unicodedata
 from pathlib import Path
 
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stasc.algorithm import VARIANTS, STaSC
@@ -19,7 +19,14 @@ from stasc.training.batches import CorrectionBatches
 from stasc.training.prefix_tree import prefix_tree
 from stasc.trajectory import Answer, Example, Question, Records, Trajectory, from_json, to_json
 
-settings.register_profile("always the same", derandomize=True, deadline=None, database=None, max_examples=100)
+settings.register_profile(
+    "always the same",
+    derandomize=True,
+    database=None,
+    max_examples=100,
+    deadline=None,  # how long it takes depends on what else the machine does
+    suppress_health_check=[HealthCheck.too_slow],
+)
 settings.load_profile("always the same")
 
 TEXTS = st.text(max_size=30)
