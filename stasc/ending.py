@@ -73,7 +73,7 @@ def _output_is_closed(error: BaseException) -> int | None:
     if not isinstance(error, OSError) or error.filename is not None:
         return None
     try:
-        sys.stdout.flush()  # what could not be written is in its buffer still
+        print(flush=True)  # an empty line, if the error was another
     except OSError as again:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails with it at its end
         return again.errno
