@@ -69,8 +69,8 @@ class Measurement(Callback):
         experiment = data.experiment
         if experiment.on_policy:
             raise UserError(
-                f"check does not rehearse on-policy systems, and {experiment.algorithm.name} is one: start the "
-                "run itself with a few updates in another run_dir; it tells the time of each phase."
+                f"check does not rehearse on-policy systems, and {experiment.algorithm.name} is one: start "
+                "the run itself with a few updates in another run_dir; it tells the time of each phase."
             )
         path = self.folder / f"{self.start}-{trainer.global_rank}.json"
         self.phases = Phases(trainer.strategy.root_device, path, START if self.start == 1 else RESUME)

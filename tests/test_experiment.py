@@ -21,6 +21,7 @@ from stasc.reward import Reward
 from stasc.run import Run, read_json, write_json
 from stasc.sampling import Sampling, TransformersSampler
 from stasc.sampling.probe import Probe
+from stasc.score import SCoRe
 from stasc.trajectory import Question
 
 PROMPTS = {
@@ -242,3 +243,56 @@ def test_draws_that_would_all_be_the_same_are_refused(make):
 def test_a_place_to_reuse_that_does_not_exist_is_named(make):
     with pytest.raises(UserError, match="nowhere, which is not a folder"):
         make(STaSC(), reuse=Path("nowhere"), started=False)
+
+
+# ---------------------------------------------------------------------- on-policy
+
+
+def score(**options: int) -> SCoRe:
+    """Three updates of two questions in an iteration."""
+    sizes = {"stage_one": 3, "stage_two": 3, "updates_per_iteration": 3, "questions": 2}
+    return SCoRe(**(sizes | options))
+
+
+def test_the_updates_of_an_iteration_are_one_file_in_its_end(make):
+    experiment = make(score())
+    examples = [experiment.update(1, number) for number in range(3)]
+    files = experiment.run.iteration(1)
+    assert not files.folder.exists()
+    experiment.updates_done(1)
+    assert list(experiment.dataset(1)) == [example for of_one in examples for example in of_one]
+    asked = [t.question.id for t in experiment.trajectories(1)]
+    assert len(asked) == 6
+    assert len(set(asked[:4])) == 4, "of five questions, two updates of two ask different ones"
+    assert experiment.training_metrics(1)["dataset"]["size"] == sum(map(len, examples))
+
+    again = make(score(), run=Run(experiment.run.folder / "again"))
+    assert [again.update(1, number) for number in range(3)] == examples
+    longer = make(score(updates_per_iteration=1), run=Run(experiment.run.folder / "longer"))
+    assert [longer.update(number + 1, number) for number in range(1)] == examples[:1]
+
+
+@pytest.mark.parametrize(
+    ("sampling", "questions", "sentence"),
+    [
+        ({"top_p": 0.9}, 2, r"set data\.sampling\.top_p to 1, and data\.sampling\.temperature to 1"),
+        ({"temperature": 0.0}, 2, r"data\.sampling\.temperature to 1 or at least above 0"),
+        ({}, 6, r"SCoRe asks 6 questions in an update, and data\.train has 5: lower algorithm\.questions"),
+    ],
+)
+def test_what_cannot_be_on_policy_is_refused(make, sampling, questions, sentence):
+    with pytest.raises(UserError, match=sentence):
+        make(score(questions=questions), sampling=dataclasses.replace(SAMPLING, **sampling))
+
+
+def test_on_policy_examples_are_learnt_for_the_prompts_that_were_sampled_with(make, model):
+    others = Dialogue(model.tokenizer(), PROMPTS | {"initial": [Message("user", "Well, {question}")]})
+    with pytest.raises(UserError, match=r"leave data\.training_prompts out"):
+        make(score(), training_dialogue=others)
+
+
+def test_a_hold_on_m0_is_announced(make):
+    system = score()
+    system.stays_near_m0 = False
+    with pytest.raises(UserError, match=r"gave an example with kl: set SCoRe\.stays_near_m0 to True"):
+        make(system).update(1, 0)
