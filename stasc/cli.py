@@ -101,7 +101,7 @@ class ConfigFile(ActionConfigFile):
 
 
 class STaSCCLI(LightningCLI):
-    """LightningCLI with the groups ``algorithm`` and ``sampler``, and ``run_dir`` and ``reuse``."""
+    """LightningCLI with the groups ``algorithm`` and ``sampler``, and the options of the run."""
 
     datamodule: TrajectoryDataModule
     model: CorrectionSFT
@@ -130,6 +130,12 @@ class STaSCCLI(LightningCLI):
             type=str | None,
             default=None,
             help="Another run, or a folder of runs: take M_0's draws from it where it was asked the same.",
+        )
+        parser.add_argument(
+            "--keep_models",
+            type=int | None,
+            default=None,
+            help="Keep so many models, the last ones, and the one that validation chooses; by default all.",
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -277,6 +283,7 @@ class STaSCCLI(LightningCLI):
             run=Run(config.run_dir),
             seed=config.seed_everything,
             reuse=Path(config.reuse) if config.reuse else None,
+            keep_models=config.keep_models,
             origin=origin,
         )
 
