@@ -227,8 +227,7 @@ class STaSCCLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         """Put the experiment together, which finds mistakes before an engine starts."""
-        if self.trainer.num_nodes > 1:
-            _check_nodes(self.trainer)
+        _check_processes(self.trainer)
         with Progress("reading the questions and the tokenizer"):
             experiment = self.datamodule.experiment = self._experiment()
         if rank_zero_only.rank == 0:  # it reads all of them
@@ -498,16 +497,30 @@ def _class_path(cls: type) -> dict[str, str]:
     return {"class_path": f"{cls.__module__}.{cls.__name__}"}
 
 
-def _check_nodes(trainer: Trainer) -> None:
-    """Say on each node that it waits for the others; raise UserError if they could not find each other."""
-    environment = trainer.strategy.cluster_environment
-    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK") if name not in os.environ]
-    if missing and isinstance(environment, LightningEnvironment):
+def _check_processes(trainer: Trainer) -> None:
+    """Say on each node that it waits for the others.
+
+    Raises:
+        UserError: A launcher has started too few processes, or none, or the nodes could not find each other.
+    """
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    if environment is None:  # one device, one process
+        return
+    nodes, devices = trainer.num_nodes, trainer.num_devices
+    started = environment.world_size()
+    if environment.creates_processes_externally and started != nodes * devices:
         raise UserError(
-            f"trainer.num_nodes is {trainer.num_nodes}, and {missing[0]} is not set: start the program with "
+            f"{started} processes were started by the launcher, and trainer.num_nodes x trainer.devices is "
+            f"{nodes * devices}: have srun (--nodes={nodes} --ntasks-per-node={devices}) or torchrun "
+            f"(--nnodes={nodes} --nproc-per-node={devices}) start one for each device."
+        )
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK") if name not in os.environ]
+    if nodes > 1 and missing and isinstance(environment, LightningEnvironment):
+        raise UserError(
+            f"trainer.num_nodes is {nodes}, and {missing[0]} is not set: start the program with "
             "torchrun or srun, or on each node with the MASTER_ADDR and MASTER_PORT of the first one, and "
             "NODE_RANK, which is 0 there."
         )
-    if trainer.local_rank == 0:
+    if nodes > 1 and trainer.local_rank == 0:
         place = f"{environment.main_address}:{environment.main_port}"
-        print(f"waiting for all {trainer.num_nodes} nodes at {place}", flush=True)
+        print(f"waiting for all {nodes} nodes at {place}", flush=True)

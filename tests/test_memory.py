@@ -58,6 +58,7 @@ PHI = Model(
 def cache(model: Model, gpu: int, **training: int) -> int:
     return cache_bytes(
         FREE[gpu] - training_bytes(0, model.weights, **training),
+        alone=FREE[gpu],
         weights=2 * model.weights,
         vocabulary=model.config.vocab_size,
         token=model.token,
@@ -98,6 +99,12 @@ def test_a_large_one_gets_what_fits(model, gpu, training, gib):
 def test_what_does_not_fit_is_said():
     with pytest.raises(UserError, match=r"leaves 0\.0 GiB .* needs 7\.1 for its weights.*FSDPStrategy"):
         cache(PHI, 40)
+
+
+def test_what_no_number_of_gpus_makes_fit_is_said():
+    large = PHI._replace(weights=20_000_000_000)
+    with pytest.raises(UserError, match=r"needs 37\.3 for its weights.*holds the whole model on one device"):
+        cache(large, 40, shards=64)
 
 
 def test_adapters_have_no_moments_for_what_is_frozen():
