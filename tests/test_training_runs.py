@@ -172,6 +172,8 @@ def test_fsdp_goes_on_with_the_same_bytes_where_a_process_was_killed_and_d_n_was
     assert killed.returncode == 128 + 9
     sentence = "process 2 of 2 was ended by SIGKILL (was memory full?); run the same command again to go on."
     assert killed.stderr == f"\nstasc: {sentence}\n"
+    checkpoint = tmp_path / "stopped/checkpoints/last.ckpt"
+    assert checkpoint.stat().st_size > 3 * 1_000_000  # weights, and both moments of Adam
     runs = [fit("stopped", *ending("Fail", "on_train_epoch_start", epochs)) for epochs in (3, 4)]
     runs += [fit("stopped"), fit("undisturbed")]
     several = subprocess.run(
@@ -184,6 +186,7 @@ def test_fsdp_goes_on_with_the_same_bytes_where_a_process_was_killed_and_d_n_was
     )
     assert several.returncode == 0, several.stderr
     assert several.stdout.count("going on in") == 3
+    assert checkpoint.stat().st_size < 10_000  # M_3 has its folder
     assert several.stderr.count("Fail._end of yours failed") == 4, several.stderr  # two times, both processes
     stopped, undisturbed = (contents(tmp_path / name) for name in ("stopped", "undisturbed"))
     for of_run in (stopped, undisturbed):  # whose cards name the option of the reward
