@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
 # What to run where a GPU is to be had for minutes, some twenty on one of 80 GB:
-#   benchmarks/gpu.sh [FILE]
-# writes FILE (gpu.md), Markdown to append to RESULTS.md, and beside it FILE.log. Nothing is downloaded. What the
-# machine lacks (vLLM, TRL, a package) leaves out its part with a sentence. PYTHON names the interpreter, PART_S the
-# seconds that a part may take (540). On a CPU it shows with a tiny model that all of it works.
+#   benchmarks/gpu.sh [FILE [check] [train_step] [sampling]]
+# writes FILE (runs/gpu.md), Markdown to append to RESULTS.md, and beside it FILE.log: all parts, or those named, each
+# of ten minutes at most. Nothing is downloaded. What the machine lacks (vLLM, TRL, a package) leaves out its part with
+# a sentence. PYTHON names the interpreter. On a CPU it shows with a tiny model that all of it works.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+parts=${*:2}
+file=$(realpath -m "${1:-$(dirname "$0")/../runs/gpu.md}")
+cd "$(dirname "$0")/.." && mkdir -p runs "$(dirname "$file")"
 python=${PYTHON:-python3}
 [ -x .venv/bin/python ] && python=${PYTHON:-.venv/bin/python}
-file=$(realpath "${1:-gpu.md}")
-scratch=$(mktemp -d)
+scratch=$(mktemp -d runs/gpu-XXXX)
 trap 'rm -rf "$scratch"' EXIT
 export PYTHONPATH="$PWD:$PWD/benchmarks" HF_HUB_OFFLINE=1
 
@@ -18,12 +19,13 @@ has() { "$python" -c "import $1" 2>/dev/null; }
 # part TITLE MODULE COMMAND...: what a command prints, or why there is nothing
 part() {
     local title=$1 lacks began=$SECONDS
+    [[ " ${parts:-$title} " = *" $title "* ]] || return
     echo "gpu: $title" >&2
     if ! lacks=$("$python" -c "import $2" 2>&1); then
         printf '%s was left out: %s.\n\n' "$title" "${lacks##*$'\n'}" >>"$file"
         return
     fi
-    if ! timeout "${PART_S:-540}" "${@:3}" >>"$file" 2>>"$file.log"; then
+    if ! timeout 540 "${@:3}" >>"$file" 2>>"$file.log"; then
         printf '\n%s failed or took too long; its log ends with: %s\n' "$title" "$(tail -n 1 "$file.log")" >>"$file"
     fi
     printf '\n(%s: %d s)\n\n' "$title" $((SECONDS - began)) >>"$file"
