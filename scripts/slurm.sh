@@ -14,6 +14,7 @@
 #SBATCH --signal=B:USR1@60
 set -u
 export HF_HUB_OFFLINE=1  # most compute nodes have no internet: fetch model and data before
+export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK  # srun does not take it over by itself
 trap 'scontrol requeue "$SLURM_JOB_ID"' USR1
 
 # Without --kill-on-bad-exit the processes on other nodes would wait for one that has ended.

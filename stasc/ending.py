@@ -76,7 +76,7 @@ def _end_with_ranks(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
     status = 128 - status if status < 0 else status
     if status != 2:  # then it has said itself what was wrong
         how = "failed, as it says above"
-        if status > 128:
+        if status - 128 in signal.valid_signals():
             name = signal.Signals(status - 128).name
             how = f"was ended by {name}" + " (was memory full?)" * (name == "SIGKILL")
         _say(f"process {number} of {len(ended) + 1} {how}; run the same command again to go on.")

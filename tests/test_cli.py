@@ -552,7 +552,12 @@ def test_the_job_for_slurm_starts_a_process_for_each_gpu_and_is_queued_again(tmp
     for name, rest in (("srun", "sleep 20"), ("scontrol", "kill -TERM $PPID")):
         (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@"\n{rest}\n')
         (tmp_path / name).chmod(0o755)
-    of_slurm = {"SLURM_JOB_ID": "77", "SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "4"}
+    of_slurm = {
+        "SLURM_JOB_ID": "77",
+        "SLURM_NNODES": "2",
+        "SLURM_NTASKS_PER_NODE": "4",
+        "SLURM_CPUS_PER_TASK": "8",
+    }
     environment = os.environ | of_slurm | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": "python"}
     job = subprocess.Popen(
         ["bash", ROOT / "scripts/slurm.sh", "--config", "qwen_eif", "--run_dir", "a run"],

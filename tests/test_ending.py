@@ -108,10 +108,14 @@ time.sleep(60)
 """
 
 
+FAILED = "stasc: process 2 of 2 failed, as it says above; run the same command again to go on."
+
+
 @pytest.mark.parametrize(
     ("rank", "status", "last"),
     [
-        ("1 / 0", 1, "stasc: process 2 of 2 failed, as it says above; run the same command again to go on."),
+        ("1 / 0", 1, FAILED),
+        ("sys.exit(255)", 255, FAILED),
         ("print('stasc: a sentence', file=sys.stderr); sys.exit(2)", 2, "stasc: a sentence"),
     ],
 )
