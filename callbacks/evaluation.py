@@ -70,8 +70,9 @@ class Evaluation(Callback):
             say(f"\nreport  stasc report '{experiment.run.folder}' --out report")
             for logger in trainer.loggers:
                 say(f"curves  {whereabouts(logger)}")
-            if last:
-                say(f"models  {files[1].model} to {files[-1].model}")
+            if models := [of_n.model for of_n in files[1:] if of_n.model.is_dir()]:
+                all_there = f"{models[0]} to {models[-1]}"
+                say(f"models  {all_there if len(models) == last else ', '.join(map(str, models))}")
 
     def on_test_end(self, trainer: Trainer, pl_module: CorrectionSFT) -> None:
         """Show the metrics of a model folder."""
@@ -103,6 +104,7 @@ class Evaluation(Callback):
             if evaluated and isinstance(logger, Curves | TensorBoardLogger):
                 logger.experiment.add_text(f"{answers.stem}/trajectories", sample_table(trajectories), n)
             logger.save()
+        data.experiment.remove_models(n)
 
 
 def _write_card(experiment: Experiment, n: int | None) -> None:

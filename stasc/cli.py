@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import sys
+import time
 import traceback
 import warnings
 import zipfile
@@ -22,6 +23,7 @@ from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies.launchers import subprocess_script
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.distributed import DistNetworkError
@@ -31,6 +33,7 @@ from callbacks import Curves, Evaluation, OuterLoop, TrainingProgress
 from data import TrajectoryDataModule, demo, smollm2
 from stasc.algorithm import Algorithm, STaSC
 from stasc.config_file import check_named_files, check_value, read_config
+from stasc.ending import end_with_ranks
 from stasc.errors import UserError
 from stasc.experiment import Experiment
 from stasc.house import config_file
@@ -59,6 +62,9 @@ _DISK_ERRORS = (
     *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EIO),
 )
 """What an operating system says of a place or a disk that does not do."""
+
+_CONNECTION_LOST = re.compile("Connection (reset|closed) by|Broken pipe|remote process exited")
+"""What gloo and NCCL say of a process that is gone."""
 
 _TRAINER_OPTIONS_THAT_TRAIN = (
     "precision",
@@ -95,7 +101,7 @@ class ConfigFile(ActionConfigFile):
 
 
 class STaSCCLI(LightningCLI):
-    """LightningCLI with the groups ``algorithm`` and ``sampler``, and ``run_dir`` and ``reuse``."""
+    """LightningCLI with the groups ``algorithm`` and ``sampler``, and the options of the run."""
 
     datamodule: TrajectoryDataModule
     model: CorrectionSFT
@@ -124,6 +130,12 @@ class STaSCCLI(LightningCLI):
             type=str | None,
             default=None,
             help="Another run, or a folder of runs: take M_0's draws from it where it was asked the same.",
+        )
+        parser.add_argument(
+            "--keep_models",
+            type=int | None,
+            default=None,
+            help="Keep so many models, the last ones, and the one that validation chooses; by default all.",
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -217,8 +229,7 @@ class STaSCCLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         """Put the experiment together, which finds mistakes before an engine starts."""
-        if self.trainer.num_nodes > 1:
-            _check_nodes(self.trainer)
+        _check_processes(self.trainer)
         with Progress("reading the questions and the tokenizer"):
             experiment = self.datamodule.experiment = self._experiment()
         if rank_zero_only.rank == 0:  # it reads all of them
@@ -279,6 +290,7 @@ class STaSCCLI(LightningCLI):
             run=Run(config.run_dir),
             seed=config.seed_everything,
             reuse=Path(config.reuse) if config.reuse else None,
+            keep_models=config.keep_models,
             origin=origin,
         )
 
@@ -397,6 +409,7 @@ def run() -> None:
     warnings.filterwarnings("ignore", message=".*yielded None.*")  # the one batch of an empty D_n
     set_verbosity_error()  # transformers warns of what is refused here, or of no matter
     disable_progress_bar()  # of transformers, for every load and save of a model
+    subprocess_script._launch_process_observer = end_with_ranks
     try:
         check_named_files(sys.argv[1:])
         STaSCCLI(
@@ -429,7 +442,7 @@ def run() -> None:
             sentence = _own(mistake) or plain_words(mistake, sys.argv)
         _end(sentence)
     except Exception as error:
-        sentence = blame(error) or _refused_by_the_disk(error)
+        sentence = blame(error) or _refused_by_the_disk(error) or _left_alone(error)
         if sentence is None:  # a bug of ours
             raise
         _end(sentence)
@@ -458,6 +471,17 @@ def _refused_by_the_disk(error: BaseException) -> str | None:
     )
 
 
+def _left_alone(error: Exception) -> str | None:
+    """A sentence for the loss of another training process; None for other errors."""
+    if not isinstance(error, RuntimeError) or not _CONNECTION_LOST.search(str(error)):
+        return None
+    time.sleep(5)  # if it ran on this machine, then meanwhile that was said, and this process was ended
+    return (
+        "another training process has ended or is out of reach: see what it has printed, and run the same "
+        "command again to go on."
+    )
+
+
 def _loggers(option: Any) -> list[Namespace]:
     """The class paths and arguments of ``trainer.logger``, which may be one, several, a bool or None."""
     several = option if isinstance(option, list) else [option]
@@ -481,16 +505,30 @@ def _class_path(cls: type) -> dict[str, str]:
     return {"class_path": f"{cls.__module__}.{cls.__name__}"}
 
 
-def _check_nodes(trainer: Trainer) -> None:
-    """Say on each node that it waits for the others; raise UserError if they could not find each other."""
-    environment = trainer.strategy.cluster_environment
-    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK") if name not in os.environ]
-    if missing and isinstance(environment, LightningEnvironment):
+def _check_processes(trainer: Trainer) -> None:
+    """Say on each node that it waits for the others.
+
+    Raises:
+        UserError: A launcher has started too few processes, or none, or the nodes could not find each other.
+    """
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    if environment is None:  # one device, one process
+        return
+    nodes, devices = trainer.num_nodes, trainer.num_devices
+    started = environment.world_size()
+    if environment.creates_processes_externally and started != nodes * devices:
         raise UserError(
-            f"trainer.num_nodes is {trainer.num_nodes}, and {missing[0]} is not set: start the program with "
+            f"{started} processes were started by the launcher, and trainer.num_nodes x trainer.devices is "
+            f"{nodes * devices}: have srun (--nodes={nodes} --ntasks-per-node={devices}) or torchrun "
+            f"(--nnodes={nodes} --nproc-per-node={devices}) start one for each device."
+        )
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK") if name not in os.environ]
+    if nodes > 1 and missing and isinstance(environment, LightningEnvironment):
+        raise UserError(
+            f"trainer.num_nodes is {nodes}, and {missing[0]} is not set: start the program with "
             "torchrun or srun, or on each node with the MASTER_ADDR and MASTER_PORT of the first one, and "
             "NODE_RANK, which is 0 there."
         )
-    if trainer.local_rank == 0:
+    if nodes > 1 and trainer.local_rank == 0:
         place = f"{environment.main_address}:{environment.main_port}"
-        print(f"waiting for all {trainer.num_nodes} nodes at {place}", flush=True)
+        print(f"waiting for all {nodes} nodes at {place}", flush=True)

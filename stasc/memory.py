@@ -56,12 +56,21 @@ def engine_share(device: torch.device, training: int, processes: int) -> int:
 
 
 def cache_bytes(
-    share: int, *, weights: int, vocabulary: int, token: int, sequences: int, context: int, device: str
+    share: int,
+    *,
+    alone: int,
+    weights: int,
+    vocabulary: int,
+    token: int,
+    sequences: int,
+    context: int,
+    device: str,
 ) -> int:
     """Size of a key-value cache that fits, and is no larger than the engine can use.
 
     Args:
         share: Bytes that the engine may take in all.
+        alone: What it could take if training held nothing there.
         weights: Bytes of its weights.
         vocabulary: Number of logits of a token.
         token: Bytes of a token in the cache.
@@ -75,11 +84,20 @@ def cache_bytes(
     working = sequences * vocabulary * _LOGIT + (_WORKING if device == "cuda" else 0)
     size = min(share - weights - working, sequences * context * token)
     if size < context * token:
+        needed = weights + working + context * token
+        advice = (
+            "Divide the model among more GPUs (FSDPStrategy), train adapters (model.lora), or set "
+            "sampler.kv_cache_gib yourself."
+        )
+        if needed > alone:
+            advice = (
+                "An engine holds the whole model on one device (there is no tensor parallelism here): take "
+                "a smaller model, or devices with more memory."
+            )
         raise UserError(
             f"the memory does not suffice: training leaves {max(share, 0) / GIB:.1f} GiB to the engine, "
             f"which needs {weights / GIB:.1f} for its weights, {working / GIB:.1f} to work in and "
-            f"{context * token / GIB:.1f} for one sequence of {context} tokens. Divide the model among more "
-            "GPUs (FSDPStrategy), train adapters (model.lora), or set sampler.kv_cache_gib yourself."
+            f"{context * token / GIB:.1f} for one sequence of {context} tokens. {advice}"
         )
     return size
 

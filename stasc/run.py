@@ -373,6 +373,15 @@ def write_folder(folder: Path) -> Iterator[Path]:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
+def remove_folder(folder: Path) -> None:
+    """Remove a folder, if it is there, as a whole or not at all."""
+    leaving = folder.with_name(folder.name + ".old")
+    shutil.rmtree(leaving, ignore_errors=True)
+    if folder.exists():
+        folder.replace(leaving)
+        shutil.rmtree(leaving)
+
+
 def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:

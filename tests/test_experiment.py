@@ -245,6 +245,37 @@ def test_a_place_to_reuse_that_does_not_exist_is_named(make):
         make(STaSC(), reuse=Path("nowhere"), started=False)
 
 
+def test_models_go_that_nothing_needs_any_more(make):
+    class BackToTheSecond(STaSC):
+        def base_model(self, n: int) -> int:
+            return 1 if n == 5 else n - 1
+
+    def stay(best: int, keep: int, algorithm: type[STaSC] = STaSC, **questions) -> list[list[int]]:
+        """The models that are there after M_3 is evaluated, and after M_5."""
+        experiment = make(algorithm("EIE", iterations=5), started=False, keep_models=keep, **questions)
+        shutil.rmtree(experiment.run.folder, ignore_errors=True)
+        found = []
+        for n in range(6):
+            files = experiment.run.iteration(n)
+            write_json(files.metrics, {"validation": {"r2": float(n == best)}})
+            if n:
+                files.model.mkdir(exist_ok=True)
+                (files.model / "model.safetensors").touch()
+            experiment.remove_models(n)
+            left = [path.parent.name for path in sorted(experiment.run.folder.glob("iteration-*/model*"))]
+            found.append([int(name[-2:]) for name in left])
+        assert all(experiment.run.iteration(n).metrics.is_file() for n in range(6))
+        return [found[3], found[5]]
+
+    chosen = {"questions": QUESTIONS | {"validation": QUESTIONS["test"]}}
+    assert stay(2, 1, **chosen) == [[2, 3], [2, 5]]
+    assert stay(2, 1) == [[3], [5]]
+    assert stay(0, 3, **chosen) == [[1, 2, 3], [3, 4, 5]]
+    assert stay(0, 1, BackToTheSecond) == [[1, 3], [5]]
+    with pytest.raises(UserError, match="keep_models is 0: it must be 1 or more"):
+        stay(0, 0)
+
+
 # ---------------------------------------------------------------------- on-policy
 
 

@@ -232,14 +232,14 @@ def assert_curves_are_the_metrics(done: Quickstart) -> None:
 
 def test_validation_questions_choose_and_the_test_set_is_seen_seldom(stasc, tmp_path):
     run = tmp_path / "run"
-    options = ("--data.validation", 0.25, "--data.evaluation.test_every", 2)
+    options = ("--data.validation", 0.25, "--data.evaluation.test_every", 3, "--keep_models", 2)
     process = stasc(*demo_fit(run, train=40, test=20, iterations=3), *options)
     assert process.returncode == 0, process.stderr
     done = Quickstart(process, run)
     metrics = [done.metrics(n) for n in range(4)]
     rewards = [of_n["validation"]["r2"] for of_n in metrics]
     best = rewards.index(max(rewards))
-    assert [n for n in range(4) if "test" in metrics[n]] == sorted({0, 2, 3, best})
+    assert [n for n in range(4) if "test" in metrics[n]] == sorted({0, 3, best})
     assert {of_n["validation"]["count"] for of_n in metrics} == {10}
     held_out = {trajectory.question.id for trajectory in done.records(3, "validation")}
     learnt = {trajectory.question.id for trajectory in done.records(3, "initial")}
@@ -248,8 +248,11 @@ def test_validation_questions_choose_and_the_test_set_is_seen_seldom(stasc, tmp_
     assert re.search(rf"best on validation +M_{best}, test r\(Y2\) {reward}\n", process.stdout)
     assert f"M_{best}: corrections are" in process.stdout
     assert [n for n, _ in curves(run)[tag("validation/r2")]] == [0, 1, 2, 3]
-    assert [n for n, _ in curves(run)[tag("test/r2")]] == [0, 2, 3]
-    for n in range(1, 4):
+    assert [n for n, _ in curves(run)[tag("test/r2")]] == [0, 3]
+    models = [n for n in range(4) if (done.folder(n) / "model").exists()]
+    assert models == sorted({2, 3, best} - {0})
+    assert process.stdout.endswith(f"{done.folder(3) / 'model'}\n")
+    for n in models:
         card = (done.folder(n) / "model/README.md").read_text()
         assert ("| test | M_" in card) == ("test" in metrics[n])
         assert card.count("| validation | M_") == 2

@@ -455,6 +455,7 @@ def test_environment_of_the_worker(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, GPU-7")
     environment = vllm_module._environment(torch.device("cuda", 1))
     assert environment["CUDA_VISIBLE_DEVICES"] == "GPU-7"
+    assert environment["TRITON_F32_DEFAULT"] == "ieee"
     assert not {"RANK", "MASTER_ADDR"} & environment.keys()
 
 

@@ -218,8 +218,10 @@ class VLLMSampler(Sampler):
         if self.kv_cache_gib != "auto":
             return int(self.kv_cache_gib * GIB)
         token, sequences = folder.cache_bytes_per_token(), _sequences(device)
+        alone = engine_share(device, 0, 1)
         size = cache_bytes(
-            engine_share(device, 0, 1) if self.memory is None else self.memory,
+            alone if self.memory is None else self.memory,
+            alone=alone,
             weights=folder.weight_bytes(),
             vocabulary=self._vocabulary or 0,
             token=token,
