@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import re
 import sys
+import threading
 import traceback
 import warnings
 import zipfile
@@ -22,6 +22,7 @@ from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.distributed import DistNetworkError
@@ -31,6 +32,8 @@ from callbacks import Curves, Evaluation, OuterLoop, TrainingProgress
 from data import TrajectoryDataModule, demo, smollm2
 from stasc.algorithm import Algorithm, STaSC
 from stasc.config_file import check_named_files, check_value, read_config
+from stasc.disk import refusal
+from stasc.ending import end_with_ranks, give_others_the_word
 from stasc.errors import UserError
 from stasc.experiment import Experiment
 from stasc.house import config_file
@@ -53,12 +56,6 @@ MADE_HERE = {"demo": demo.base_model, "smollm2-135m": smollm2.base_model}
 
 SEED = 42
 """What all draws follow from, unless another number is given."""
-
-_DISK_ERRORS = (
-    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
-    *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EIO),
-)
-"""What an operating system says of a place or a disk that does not do."""
 
 _TRAINER_OPTIONS_THAT_TRAIN = (
     "precision",
@@ -217,6 +214,9 @@ class STaSCCLI(LightningCLI):
         """Put the experiment together, which finds mistakes before an engine starts."""
         if self.trainer.num_nodes > 1:
             _check_nodes(self.trainer)
+        launcher = self.trainer.strategy.launcher
+        if isinstance(launcher, _SubprocessScriptLauncher):
+            end_with_ranks(lambda: launcher.procs)
         with Progress("reading the questions and the tokenizer"):
             experiment = self.datamodule.experiment = self._experiment()
         if rank_zero_only.rank == 0:  # it reads all of them
@@ -388,6 +388,7 @@ def run() -> None:
     warnings.filterwarnings("ignore", message=".*Detected call of `lr_scheduler.step.*")  # an empty D_n
     warnings.filterwarnings("ignore", message=".*yielded None.*")  # the one batch of an empty D_n
     set_verbosity_error()  # transformers warns of what is refused here, or of no matter
+    threading.excepthook = _in_a_thread
     disable_progress_bar()  # of transformers, for every load and save of a model
     try:
         check_named_files(sys.argv[1:])
@@ -421,33 +422,31 @@ def run() -> None:
             sentence = _own(mistake) or plain_words(mistake, sys.argv)
         _end(sentence)
     except Exception as error:
-        sentence = blame(error) or _refused_by_the_disk(error)
-        if sentence is None:  # a bug of ours
+        sentence = blame(error) or refusal(error)
+        if sentence is None:  # another rank has ended, which is told of, or a bug of ours
+            give_others_the_word()
             raise
         _end(sentence)
 
 
 def _end(sentence: str) -> NoReturn:
+    if rank_zero_only.rank != 0:
+        give_others_the_word()
     print(f"stasc: {sentence}", file=sys.stderr)
     sys.exit(2)
 
 
-def _own(refusal: BaseException | None) -> str | None:
+def _in_a_thread(failure: threading.ExceptHookArgs) -> None:
+    """TensorBoard's thread keeps an error of the disk for whoever writes next: that will be told."""
+    if failure.exc_value is None or refusal(failure.exc_value) is None:
+        threading.__excepthook__(failure)
+
+
+def _own(error: BaseException | None) -> str | None:
     """The sentence of ours that jsonargparse has put into its own; None if there is none."""
-    while refusal and not isinstance(refusal, UserError):
-        refusal = refusal.__cause__
-    return refusal and str(refusal)
-
-
-def _refused_by_the_disk(error: BaseException) -> str | None:
-    """A sentence for a file or folder that cannot be written or read; None for other errors."""
-    if not isinstance(error, OSError) or error.errno not in _DISK_ERRORS:
-        return None
-    what = error.filename or "a file of the run"
-    return (
-        f"{what} cannot be written or read ({error.strerror}): see to that, or choose another --run_dir; "
-        "what is finished is kept, and the same command goes on."
-    )
+    while error and not isinstance(error, UserError):
+        error = error.__cause__
+    return error and str(error)
 
 
 def _loggers(option: Any) -> list[Namespace]:
