@@ -66,8 +66,8 @@ class Configuration:
         """Any; vLLM and several processes, which take longer to start, less often."""
         return cls(
             draw.choice(list(SYSTEMS)),
-            *draw.choices(list(PROCESSES), (4, 1, 1)),
-            *draw.choices(("TransformersSampler", "VLLMSampler"), (9, 1)),
+            *draw.choices(list(PROCESSES), (6, 1, 1)),
+            *draw.choices(("TransformersSampler", "VLLMSampler"), (19, 1)),
             draw.choice("12"),
             draw.choice(("full", "lora")),
         )
