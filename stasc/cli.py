@@ -22,7 +22,6 @@ from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.distributed import DistNetworkError
@@ -33,7 +32,6 @@ from data import TrajectoryDataModule, demo, smollm2
 from stasc.algorithm import Algorithm, STaSC
 from stasc.config_file import check_named_files, check_value, read_config
 from stasc.disk import refusal
-from stasc.ending import end_with_ranks, give_others_the_word
 from stasc.errors import UserError
 from stasc.experiment import Experiment
 from stasc.house import config_file
@@ -214,9 +212,6 @@ class STaSCCLI(LightningCLI):
         """Put the experiment together, which finds mistakes before an engine starts."""
         if self.trainer.num_nodes > 1:
             _check_nodes(self.trainer)
-        launcher = self.trainer.strategy.launcher
-        if isinstance(launcher, _SubprocessScriptLauncher):
-            end_with_ranks(lambda: launcher.procs)
         with Progress("reading the questions and the tokenizer"):
             experiment = self.datamodule.experiment = self._experiment()
         if rank_zero_only.rank == 0:  # it reads all of them
@@ -423,15 +418,12 @@ def run() -> None:
         _end(sentence)
     except Exception as error:
         sentence = blame(error) or refusal(error)
-        if sentence is None:  # another rank has ended, which is told of, or a bug of ours
-            give_others_the_word()
+        if sentence is None:  # a bug of ours
             raise
         _end(sentence)
 
 
 def _end(sentence: str) -> NoReturn:
-    if rank_zero_only.rank != 0:
-        give_others_the_word()
     print(f"stasc: {sentence}", file=sys.stderr)
     sys.exit(2)
 

@@ -7,17 +7,12 @@ ends at once, and the kernel ends with it whatever it has started: the other ran
 import ctypes
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Ctrl-C; SLURM, docker and kill; a closed terminal."""
-
-WORD = 1.0
-"""Seconds in which another process can say why the run ends."""
 
 _PR_SET_PDEATHSIG = 1
 _STARTED_BY = "STASC_STARTED_BY"
@@ -38,25 +33,6 @@ def end_on_signals() -> None:
     signal.set_wakeup_fd(sent)
     os.register_at_fork(after_in_child=lambda: _be_a_child(heard))
     threading.Thread(target=_end_on, args=[heard, received], daemon=True).start()
-
-
-def end_with_ranks(ranks: Callable[[], Sequence[subprocess.Popen[bytes]]]) -> None:
-    """From now on another rank that fails or is killed ends this process too, with one sentence.
-
-    Lightning would kill this process some seconds later, without a word.
-
-    Args:
-        ranks: Gives the ranks that this process has started by then, from 1 on.
-    """
-    threading.Thread(target=_watch, args=[ranks], daemon=True).start()
-
-
-def give_others_the_word() -> None:
-    """Wait a moment before an error is told that another process may have caused, and then tells itself.
-
-    A connection that is lost, or a disk that is full, is an error of all ranks.
-    """
-    time.sleep(WORD)
 
 
 def end_with_rank_zero() -> None:
@@ -88,33 +64,8 @@ def _end_on(heard: set[signal.Signals], received: int) -> None:
         # Not through sys.stderr, whose lock the main thread may hold.
         os.write(2, f"\nstasc: stopped by {name}; run the same command again to go on.\n".encode())
     else:
-        give_others_the_word()
+        time.sleep(1)  # rank 0 has the word, and would lament a lost connection if it lived longer
     os._exit(128 + number)
-
-
-def _watch(ranks: Callable[[], Sequence[subprocess.Popen[bytes]]]) -> None:
-    while True:
-        for number, rank in enumerate(ranks(), start=1):
-            if status := rank.poll():
-                _end_after(number, status)
-        time.sleep(WORD / 10)
-
-
-def _end_after(rank: int, status: int) -> None:
-    """End as a rank did that failed, which has said why, or was killed, which has not."""
-    if 0 < status < 128:
-        os._exit(status)
-    name = signal.Signals(-status if status < 0 else status - 128).name
-    sentence = f"process {rank} of the run, counted from 0, was ended by {name}"
-    if name == "SIGKILL":
-        sentence += (
-            ", as Linux does when memory runs out: lower data.batches.token_budget, or "
-            "sampler.kv_cache_gib if it was sampling, and"
-        )
-    else:
-        sentence += ";"
-    os.write(2, f"\nstasc: {sentence} run the same command again to go on.\n".encode())
-    os._exit(2 if status < 0 else status)
 
 
 def _be_a_child(heard: set[signal.Signals]) -> None:

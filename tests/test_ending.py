@@ -7,13 +7,12 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 from conftest import ROOT
 
 RANKS_WITH_ENGINES = r"""
 import ctypes, os, subprocess, sys, time
-from stasc.ending import end_on_signals, end_with, end_with_rank_zero, end_with_ranks
+from stasc.ending import end_on_signals, end_with, end_with_rank_zero
 
 if "engine" in sys.argv:
     end_with(os.getppid())
@@ -24,8 +23,7 @@ end_with_rank_zero()
 os.write(1, f"{os.getpid()}\n".encode())
 subprocess.Popen([sys.executable, __file__, "engine"], start_new_session=True)
 if "LOCAL_RANK" not in os.environ:
-    rank = subprocess.Popen([sys.executable, __file__], env={**os.environ, "LOCAL_RANK": "1"})
-    end_with_ranks(lambda: [rank])
+    subprocess.Popen([sys.executable, __file__], env={**os.environ, "LOCAL_RANK": "1"})
 libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
 libc.pthread_mutex_lock(mutex)
 libc.pthread_mutex_lock(mutex)  # as in a collective call: never returns, and runs no handler of Python
@@ -82,31 +80,6 @@ def test_a_signal_ends_ranks_and_engines_with_one_sentence(tmp_path, number, who
     assert_gone(processes)
     sentence = f"\nstasc: stopped by {number.name}; run the same command again to go on.\n"
     assert (tmp_path / "stderr").read_text() == ("" if killed else sentence)
-
-
-@pytest.mark.parametrize(
-    ("number", "status", "why"),
-    [
-        (
-            signal.SIGKILL,
-            2,
-            ", as Linux does when memory runs out: lower data.batches.token_budget, or sampler.kv_cache_gib "
-            "if it was sampling, and",
-        ),
-        (signal.SIGTERM, 143, ";"),
-    ],
-)
-def test_the_end_of_another_rank_is_told_and_ends_all(tmp_path, number, status, why):
-    program = started(tmp_path, RANKS_WITH_ENGINES)
-    processes = [int(program.stdout.readline()) for _ in range(4)]
-    (rank,) = (child for child in psutil.Process(program.pid).children() if "engine" not in child.cmdline())
-    rank.send_signal(number)
-    assert program.wait(10) == status
-    assert_gone(processes)
-    again = "run the same command again to go on."
-    assert (tmp_path / "stderr").read_text() == (
-        f"\nstasc: process 1 of the run, counted from 0, was ended by {number.name}{why} {again}\n"
-    )
 
 
 def test_nohup_keeps_ignoring_a_closed_terminal(tmp_path):
