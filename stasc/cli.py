@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import sys
+import time
 import traceback
 import warnings
 import zipfile
@@ -22,6 +23,7 @@ from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies.launchers import subprocess_script
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.distributed import DistNetworkError
@@ -31,6 +33,7 @@ from callbacks import Curves, Evaluation, OuterLoop, TrainingProgress
 from data import TrajectoryDataModule, demo, smollm2
 from stasc.algorithm import Algorithm, STaSC
 from stasc.config_file import check_named_files, check_value, read_config
+from stasc.ending import end_with_ranks
 from stasc.errors import UserError
 from stasc.experiment import Experiment
 from stasc.house import config_file
@@ -59,6 +62,9 @@ _DISK_ERRORS = (
     *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EIO),
 )
 """What an operating system says of a place or a disk that does not do."""
+
+_CONNECTION_LOST = re.compile("Connection (reset|closed) by|Broken pipe|remote process exited")
+"""What gloo and NCCL say of a process that is gone."""
 
 _TRAINER_OPTIONS_THAT_TRAIN = (
     "precision",
@@ -389,6 +395,7 @@ def run() -> None:
     warnings.filterwarnings("ignore", message=".*yielded None.*")  # the one batch of an empty D_n
     set_verbosity_error()  # transformers warns of what is refused here, or of no matter
     disable_progress_bar()  # of transformers, for every load and save of a model
+    subprocess_script._launch_process_observer = end_with_ranks
     try:
         check_named_files(sys.argv[1:])
         STaSCCLI(
@@ -421,7 +428,7 @@ def run() -> None:
             sentence = _own(mistake) or plain_words(mistake, sys.argv)
         _end(sentence)
     except Exception as error:
-        sentence = blame(error) or _refused_by_the_disk(error)
+        sentence = blame(error) or _refused_by_the_disk(error) or _left_alone(error)
         if sentence is None:  # a bug of ours
             raise
         _end(sentence)
@@ -447,6 +454,17 @@ def _refused_by_the_disk(error: BaseException) -> str | None:
     return (
         f"{what} cannot be written or read ({error.strerror}): see to that, or choose another --run_dir; "
         "what is finished is kept, and the same command goes on."
+    )
+
+
+def _left_alone(error: Exception) -> str | None:
+    """A sentence for the loss of another training process; None for other errors."""
+    if not isinstance(error, RuntimeError) or not _CONNECTION_LOST.search(str(error)):
+        return None
+    time.sleep(5)  # if it ran on this machine, then meanwhile that was said, and this process was ended
+    return (
+        "another training process has ended or is out of reach: see what it has printed, and run the same "
+        "command again to go on."
     )
 
 
