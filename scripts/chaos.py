@@ -225,7 +225,7 @@ class Round:
         """A start that met a fault ends well, by the fault itself, or with one sentence."""
         sentences = [line for line in said.splitlines() if line.startswith("stasc: ")]
         self.faults[-1] += f" [{status}{': ' * bool(sentences)}{' '.join(sentences)}]"
-        well = status in (0, -signal.SIGKILL) or (status in (2, 143) and len(sentences) == 1)
+        well = status in (0, -signal.SIGKILL) or (status in (2, 137, 143) and len(sentences) == 1)
         if "Traceback" in said or not well:
             raise Broken(f"it ended with status {status}: {self.kept(said)}")
 

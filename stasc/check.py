@@ -234,13 +234,14 @@ def _failure(start: Start, folder: Path, config: Mapping[str, Any]) -> str:
         return ""
     phase = start.ranks[0]["phase"] if start.ranks else "the start of the program"
     lines = start.log.read_text(encoding="utf-8", errors="replace").splitlines()
+    killed = start.status in (-signal.SIGKILL, 128 + signal.SIGKILL)  # it, or another of its processes
     said = [line for line in lines if line.startswith("stasc: ")]
-    if said:  # it says itself what to change
+    if said and not killed:  # it says itself what to change
         return f"In '{phase}': {said[-1].removeprefix('stasc: ')}"
     engines = [path.read_text(errors="replace") for path in folder.glob("run/engine-*.log")]
     if re.search("out of ?memory", "\n".join([*lines, *engines]), re.IGNORECASE):
         return f"In '{phase}' memory ran out: {_less_memory(phase, config)}"
-    if start.status in (-signal.SIGKILL, -signal.SIGTERM):  # SIGTERM: another of its processes was killed
+    if killed:
         return (
             f"In '{phase}' the system killed it, as a rule because the {_gib(host_memory())} GiB of RAM were "
             f"full: {_less_memory(phase, config)}"

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import threading
+import time
 import traceback
 import warnings
 import zipfile
@@ -22,6 +23,7 @@ from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies.launchers import subprocess_script
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.distributed import DistNetworkError
@@ -32,6 +34,7 @@ from data import TrajectoryDataModule, demo, smollm2
 from stasc.algorithm import Algorithm, STaSC
 from stasc.config_file import check_named_files, check_value, read_config
 from stasc.disk import refusal
+from stasc.ending import end_with_ranks
 from stasc.errors import UserError
 from stasc.experiment import Experiment
 from stasc.house import config_file
@@ -54,6 +57,9 @@ MADE_HERE = {"demo": demo.base_model, "smollm2-135m": smollm2.base_model}
 
 SEED = 42
 """What all draws follow from, unless another number is given."""
+
+_CONNECTION_LOST = re.compile("Connection (reset|closed) by|Broken pipe|remote process exited")
+"""What gloo and NCCL say of a process that is gone."""
 
 _TRAINER_OPTIONS_THAT_TRAIN = (
     "precision",
@@ -385,6 +391,7 @@ def run() -> None:
     set_verbosity_error()  # transformers warns of what is refused here, or of no matter
     threading.excepthook = _in_a_thread
     disable_progress_bar()  # of transformers, for every load and save of a model
+    subprocess_script._launch_process_observer = end_with_ranks
     try:
         check_named_files(sys.argv[1:])
         STaSCCLI(
@@ -417,7 +424,7 @@ def run() -> None:
             sentence = _own(mistake) or plain_words(mistake, sys.argv)
         _end(sentence)
     except Exception as error:
-        sentence = blame(error) or refusal(error)
+        sentence = blame(error) or refusal(error) or _left_alone(error)
         if sentence is None:  # a bug of ours
             raise
         _end(sentence)
@@ -439,6 +446,17 @@ def _own(error: BaseException | None) -> str | None:
     while error and not isinstance(error, UserError):
         error = error.__cause__
     return error and str(error)
+
+
+def _left_alone(error: Exception) -> str | None:
+    """A sentence for the loss of another training process; None for other errors."""
+    if not isinstance(error, RuntimeError) or not _CONNECTION_LOST.search(str(error)):
+        return None
+    time.sleep(5)  # if it ran on this machine, then meanwhile that was said, and this process was ended
+    return (
+        "another training process has ended or is out of reach: see what it has printed, and run the same "
+        "command again to go on."
+    )
 
 
 def _loggers(option: Any) -> list[Namespace]:

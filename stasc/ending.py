@@ -7,13 +7,16 @@ ends at once, and the kernel ends with it whatever it has started: the other ran
 import ctypes
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Ctrl-C; SLURM, docker and kill; a closed terminal."""
 
+_FULL_MEMORY = " (was memory full? lower data.batches.token_budget, or sampler.kv_cache_gib)"
 _PR_SET_PDEATHSIG = 1
 _STARTED_BY = "STASC_STARTED_BY"
 
@@ -43,6 +46,18 @@ def end_with_rank_zero() -> None:
         end_with(int(starter))
 
 
+def end_with_ranks(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
+    """From now on end this process, with a sentence, when a rank that it has started has failed.
+
+    It would wait for that rank, over NCCL for hours. Lightning's own observer, in whose place this is, kills
+    both after up to 5 s, without a word.
+
+    Args:
+        ranks: Those from 1 on.
+    """
+    threading.Thread(target=_end_with_ranks, args=[ranks], daemon=True).start()
+
+
 def end_with(parent: int) -> None:
     """Have the kernel kill this process when its parent ends, however that is, or now if it has ended.
 
@@ -55,14 +70,32 @@ def end_with(parent: int) -> None:
         os._exit(1)
 
 
+def _end_with_ranks(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
+    while not any(ended := [process.poll() for process in ranks]):
+        time.sleep(0.1)
+    number, status = next((number, status) for number, status in enumerate(ended, start=2) if status)
+    status = 128 - status if status < 0 else status
+    if status != 2:  # then it has said itself what was wrong
+        how = "failed, as it says above"
+        if status > 128:
+            name = signal.Signals(status - 128).name
+            how = f"was ended by {name}" + _FULL_MEMORY * (name == "SIGKILL")
+        _say(f"process {number} of {len(ended) + 1} {how}; run the same command again to go on.")
+    os._exit(status)
+
+
+def _say(sentence: str) -> None:
+    """Not through sys.stderr, whose lock the main thread may hold."""
+    os.write(2, f"\nstasc: {sentence}\n".encode())
+
+
 def _end_on(heard: set[signal.Signals], received: int) -> None:
     while (number := os.read(received, 1)[0]) not in heard:
         pass
     ranks = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
     if all(os.environ.get(rank, "0") == "0" for rank in ranks):
         name = signal.Signals(number).name
-        # Not through sys.stderr, whose lock the main thread may hold.
-        os.write(2, f"\nstasc: stopped by {name}; run the same command again to go on.\n".encode())
+        _say(f"stopped by {name}; run the same command again to go on.")
     else:
         time.sleep(1)  # rank 0 has the word, and would lament a lost connection if it lived longer
     os._exit(128 + number)
