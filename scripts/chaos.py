@@ -32,7 +32,7 @@ from stasc.algorithm import VARIANTS
 from stasc.ending import end_with
 from stasc.house import HOUSE
 
-PATIENCE = 300
+PATIENCE = 900
 """Seconds after which a start counts as hung."""
 
 LAYERS = "[transformers.models.qwen2.modeling_qwen2.Qwen2DecoderLayer]"

@@ -39,6 +39,7 @@ from stasc.errors import UserError
 from stasc.experiment import Experiment
 from stasc.house import config_file
 from stasc.manual import Manual
+from stasc.memory import ran_out
 from stasc.model_folder import ModelFolder
 from stasc.progress import Progress, say
 from stasc.prompting import Dialogue
@@ -424,13 +425,15 @@ def run() -> None:
             sentence = _own(mistake) or plain_words(mistake, sys.argv)
         _end(sentence)
     except Exception as error:
-        sentence = blame(error) or refusal(error) or _left_alone(error)
+        sentence = blame(error) or refusal(error) or ran_out(error) or _left_alone(error)
         if sentence is None:  # a bug of ours
             raise
         _end(sentence)
 
 
 def _end(sentence: str) -> NoReturn:
+    if rank_zero_only.rank != 0:
+        time.sleep(1)  # rank 0 has the word, if it is an error of all, and ends this process
     print(f"stasc: {sentence}", file=sys.stderr)
     sys.exit(2)
 
