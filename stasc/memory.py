@@ -36,8 +36,8 @@ def ran_out(error: BaseException) -> str | None:
         return None
     return (
         f"memory ran out ({reason.rpartition('DefaultCPUAllocator: ')[2][:150]}): lower "
-        "data.batches.token_budget if it was training, or sampler.kv_cache_gib, and run the same command again "
-        "to go on; docs/training.md has what else helps."
+        "data.batches.token_budget if it was training, or sampler.kv_cache_gib, and run the same command "
+        "again to go on; docs/training.md has what else helps."
     )
 
 
