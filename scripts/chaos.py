@@ -81,7 +81,7 @@ class Configuration:
         return [
             *("fit", "--config", "configs/quickstart.yaml", *SYSTEMS[self.system], "--run_dir", str(run)),
             *("--sampler", self.sampler, *PROCESSES[self.processes]),
-            *("--data.train.init_args.size", "24", "--data.test.init_args.size", "8"),
+            *("--data.train.init_args.size", "16", "--data.test.init_args.size", "4"),
             *("--data.batches.size", "4", "--model.learning_rate", "0.002"),
             *(("--algorithm.iterations", "2", "--algorithm.epochs", self.epochs) if trains else ()),
             *(("--model.lora.r", "4") if self.lora == "lora" else ()),
@@ -140,7 +140,7 @@ class Start:
                 for process in self.family:
                     process.kill()
                 raise Broken(f"hung for {PATIENCE} s")
-            time.sleep(0.05)
+            time.sleep(0.3)
         status = self.process.wait()
         _, left = psutil.wait_procs(self.family[1:], timeout=10)
         if left:
@@ -205,7 +205,7 @@ class Round:
         fault = self.draw.choice(("SIGKILL", "SIGKILL", "SIGTERM", "disk"))
         victim, size = self.draw.random(), self.draw.choice(SIZES)
         while start.runs() and not there.exists():
-            time.sleep(0.002)
+            time.sleep(0.01)
         time.sleep(seconds)
         family = start.look()
         place = f"{seconds:.2f} s after {there.name}"
