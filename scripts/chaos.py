@@ -21,8 +21,10 @@ import signal
 import sys
 import time
 import traceback
-from dataclasses import dataclass, field, fields
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
@@ -35,14 +37,10 @@ from stasc.house import HOUSE
 PATIENCE = 900
 """Seconds after which a start counts as hung."""
 
-LAYERS = "[transformers.models.qwen2.modeling_qwen2.Qwen2DecoderLayer]"
 PROCESSES = {
     "one": (),
     "ddp": ("--trainer.devices", "2", "--trainer.strategy", "ddp"),
-    "fsdp": (
-        *("--trainer.devices", "2", "--trainer.strategy.class_path", "cpu_fsdp.CPUFSDPStrategy"),
-        *("--trainer.strategy.init_args.auto_wrap_policy", LAYERS),
-    ),
+    "fsdp": ("--trainer.devices", "2", "--trainer.strategy", "cpu_fsdp.CPUFSDPStrategy"),
 }
 SYSTEMS = {variant: ("--algorithm.variant", variant) for variant in VARIANTS} | {
     name: ("--config", f"configs/baselines/{name}.yaml") for name in ("star", "self_refine", "reflexion")
@@ -51,8 +49,7 @@ SIZES = (0, 1_000, 30_000, 1_000_000)
 """Bytes to which a file can still grow when the disk gets full."""
 
 
-@dataclass(frozen=True)
-class Configuration:
+class Configuration(NamedTuple):
     """A small run of the demo."""
 
     system: str
@@ -71,9 +68,6 @@ class Configuration:
             draw.choice("12"),
             draw.choice(("full", "lora")),
         )
-
-    def __str__(self) -> str:
-        return "-".join(getattr(self, part.name) for part in fields(self))
 
     def command(self, run: Path) -> list[str]:
         """What fits it in the folder ``run``."""
@@ -169,7 +163,7 @@ class Round:
         """Raise Broken if it does not end as the undisturbed run did."""
         self.draw = random.Random(f"{self.seed} {self.number}")
         self.configuration = Configuration.drawn(self.draw)
-        undisturbed = self.out / "undisturbed" / str(self.configuration) / "run"
+        undisturbed = self.out / "undisturbed" / "-".join(self.configuration) / "run"
         if not (undisturbed.parent / "done").exists():
             shutil.rmtree(undisturbed.parent, ignore_errors=True)
             status, said = Start(self.configuration.command(undisturbed)).end()
@@ -193,8 +187,8 @@ class Round:
 
     def moment(self, run: Path, undisturbed: Path) -> tuple[Path, float]:
         """A file that is to appear, and seconds from then on; the folder itself is there at once."""
-        files = [run / path.relative_to(undisturbed) for path in sorted(undisturbed.rglob("*[!0-9]"))]
-        missing = [path for path in files if not path.exists()]
+        files = [run / path.relative_to(undisturbed) for path in sorted(undisturbed.rglob("*"))]
+        missing = [path for path in files if not path.exists() and "tfevents" not in path.name]
         if not missing or self.draw.random() < 0.1:
             return run.parent, self.draw.uniform(0, 10)
         return self.draw.choice(missing), self.draw.uniform(0, 0.3)
@@ -202,24 +196,23 @@ class Round:
     def strike(self, start: Start, moment: tuple[Path, float]) -> None:
         """A fault at a moment, if the start lasts that long."""
         there, seconds = moment
-        fault = self.draw.choice(("SIGKILL", "SIGKILL", "SIGTERM", "disk"))
+        fault = self.draw.choice(("SIGKILL", "SIGKILL", "SIGTERM", "disk full"))
         victim, size = self.draw.random(), self.draw.choice(SIZES)
         while start.runs() and not there.exists():
             time.sleep(0.01)
         time.sleep(seconds)
-        family = start.look()
-        place = f"{seconds:.2f} s after {there.name}"
-        if not start.runs():
-            self.faults.append(f"none (over before {place})")
-        elif fault == "disk":
-            for process in family:
-                psutil.Process.rlimit(process, psutil.RLIMIT_FSIZE, (size, size))
-            self.faults.append(f"disk full at {size:,} bytes {place}")
-        else:
-            i = int(victim * len(family))
-            who = "trainer" if i == 0 else "rank" if "fit" in family[i].cmdline() else "engine"
-            family[i].send_signal(signal.Signals[fault])
-            self.faults.append(f"{fault} of {who} {place}")
+        family, what = start.look(), "none, it was over"
+        with suppress(psutil.NoSuchProcess):
+            if start.runs() and fault == "disk full":
+                for process in family:
+                    process.rlimit(psutil.RLIMIT_FSIZE, (size, size))
+                what = f"{fault} at {size:,} bytes"
+            elif start.runs():
+                i = int(victim * len(family))
+                who = "trainer" if i == 0 else "rank" if "fit" in family[i].cmdline() else "engine"
+                family[i].send_signal(signal.Signals[fault])
+                what = f"{fault} of {who}"
+        self.faults.append(f"{what} {seconds:.2f} s after {there.name}")
 
     def check_end(self, status: int, said: str) -> None:
         """A start that met a fault ends well, by the fault itself, or with one sentence."""
@@ -282,8 +275,8 @@ def main() -> int:
         except Broken as error:
             broken, result = broken + 1, f"BROKEN, {error}"
         print(
-            f"{number}: {this.configuration}: {'; '.join(this.faults)}: {result}"
-            f" ({time.monotonic() - begin:.0f} s)",
+            f"{number}: {'-'.join(this.configuration)}: {'; '.join(this.faults)}: {result} "
+            f"({time.monotonic() - begin:.0f} s)",
             flush=True,
         )
     print(f"{len(numbers)} rounds, {broken} broken")
