@@ -237,10 +237,11 @@ def _failure(start: Start, folder: Path, config: Mapping[str, Any]) -> str:
     lines = start.log.read_text(encoding="utf-8", errors="replace").splitlines()
     killed = start.status in (-signal.SIGKILL, 128 + signal.SIGKILL)  # it, or another of its processes
     said = [line for line in lines if line.startswith("stasc: ")]
-    if said and not killed:  # it says itself what to change
+    full = any(line.startswith("stasc: memory ran out") for line in said)
+    if said and not killed and not full:  # it says itself what to change
         return f"In '{phase}': {said[-1].removeprefix('stasc: ')}"
     engines = [path.read_text(errors="replace") for path in folder.glob("run/engine-*.log")]
-    if re.search("out of ?memory", "\n".join([*lines, *engines]), re.IGNORECASE):
+    if full or re.search("out of ?memory", "\n".join([*lines, *engines]), re.IGNORECASE):
         return f"In '{phase}' memory ran out: {_less_memory(phase, config)}"
     if killed:
         return (

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import re
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -33,11 +33,13 @@ from callbacks import Curves, Evaluation, OuterLoop, TrainingProgress
 from data import TrajectoryDataModule, demo, smollm2
 from stasc.algorithm import Algorithm, STaSC
 from stasc.config_file import check_named_files, check_value, read_config
+from stasc.disk import refusal
 from stasc.ending import end_with_ranks
 from stasc.errors import UserError
 from stasc.experiment import Experiment
 from stasc.house import config_file
 from stasc.manual import Manual
+from stasc.memory import ran_out
 from stasc.model_folder import ModelFolder
 from stasc.progress import Progress, say
 from stasc.prompting import Dialogue
@@ -56,12 +58,6 @@ MADE_HERE = {"demo": demo.base_model, "smollm2-135m": smollm2.base_model}
 
 SEED = 42
 """What all draws follow from, unless another number is given."""
-
-_DISK_ERRORS = (
-    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
-    *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EIO),
-)
-"""What an operating system says of a place or a disk that does not do."""
 
 _CONNECTION_LOST = re.compile("Connection (reset|closed) by|Broken pipe|remote process exited")
 """What gloo and NCCL say of a process that is gone."""
@@ -408,6 +404,7 @@ def run() -> None:
     warnings.filterwarnings("ignore", message=".*Detected call of `lr_scheduler.step.*")  # an empty D_n
     warnings.filterwarnings("ignore", message=".*yielded None.*")  # the one batch of an empty D_n
     set_verbosity_error()  # transformers warns of what is refused here, or of no matter
+    threading.excepthook = _in_a_thread
     disable_progress_bar()  # of transformers, for every load and save of a model
     subprocess_script._launch_process_observer = end_with_ranks
     try:
@@ -442,32 +439,40 @@ def run() -> None:
             sentence = _own(mistake) or plain_words(mistake, sys.argv)
         _end(sentence)
     except Exception as error:
-        sentence = blame(error) or _refused_by_the_disk(error) or _left_alone(error)
+        sentence = blame(error) or refusal(error) or ran_out(error) or _left_alone(error)
         if sentence is None:  # a bug of ours
             raise
         _end(sentence)
 
 
 def _end(sentence: str) -> NoReturn:
+    if rank_zero_only.rank != 0:
+        time.sleep(1)  # rank 0 has the word, if it is an error of all, and ends this process
     print(f"stasc: {sentence}", file=sys.stderr)
     sys.exit(2)
 
 
-def _own(refusal: BaseException | None) -> str | None:
+def _in_a_thread(failure: threading.ExceptHookArgs) -> None:
+    """TensorBoard's thread keeps an error of the disk for whoever writes next: that will be told."""
+    if failure.exc_value is None or refusal(failure.exc_value) is None:
+        threading.__excepthook__(failure)
+
+
+def _own(error: BaseException | None) -> str | None:
     """The sentence of ours that jsonargparse has put into its own; None if there is none."""
-    while refusal and not isinstance(refusal, UserError):
-        refusal = refusal.__cause__
-    return refusal and str(refusal)
+    while error and not isinstance(error, UserError):
+        error = error.__cause__
+    return error and str(error)
 
 
-def _refused_by_the_disk(error: BaseException) -> str | None:
-    """A sentence for a file or folder that cannot be written or read; None for other errors."""
-    if not isinstance(error, OSError) or error.errno not in _DISK_ERRORS:
+def _left_alone(error: Exception) -> str | None:
+    """A sentence for the loss of another training process; None for other errors."""
+    if not isinstance(error, RuntimeError) or not _CONNECTION_LOST.search(str(error)):
         return None
-    what = error.filename or "a file of the run"
+    time.sleep(5)  # if it ran on this machine, then meanwhile that was said, and this process was ended
     return (
-        f"{what} cannot be written or read ({error.strerror}): see to that, or choose another --run_dir; "
-        "what is finished is kept, and the same command goes on."
+        "another training process has ended or is out of reach: see what it has printed, and run the same "
+        "command again to go on."
     )
 
 

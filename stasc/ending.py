@@ -16,6 +16,7 @@ from collections.abc import Sequence
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Ctrl-C; SLURM, docker and kill; a closed terminal."""
 
+_FULL_MEMORY = " (was memory full? lower data.batches.token_budget, or sampler.kv_cache_gib)"
 _PR_SET_PDEATHSIG = 1
 _STARTED_BY = "STASC_STARTED_BY"
 
@@ -78,7 +79,7 @@ def _end_with_ranks(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
         how = "failed, as it says above"
         if status - 128 in signal.valid_signals():
             name = signal.Signals(status - 128).name
-            how = f"was ended by {name}" + " (was memory full?)" * (name == "SIGKILL")
+            how = f"was ended by {name}" + _FULL_MEMORY * (name == "SIGKILL")
         _say(f"process {number} of {len(ended) + 1} {how}; run the same command again to go on.")
     os._exit(status)
 

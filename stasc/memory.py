@@ -29,6 +29,18 @@ _LOGIT = 20
 """Bytes of a logit: scores and probabilities in float32, and both sorted, with int64 indices, for top_p."""
 
 
+def ran_out(error: BaseException) -> str | None:
+    """One sentence for memory that was asked for and was not there; None for other errors."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in reason:
+        return None
+    return (
+        f"memory ran out ({reason.rpartition('DefaultCPUAllocator: ')[2][:150]}): lower "
+        "data.batches.token_budget if it was training, or sampler.kv_cache_gib, and run the same command "
+        "again to go on; docs/training.md has what else helps."
+    )
+
+
 def training_bytes(frozen: int, trained: int, *, shards: int = 1, gradients: bool = False) -> int:
     """Bytes that training holds on a device between two optimiser steps: 4 a number, as all are float32.
 

@@ -95,8 +95,10 @@ def test_a_rank_that_is_killed_ends_all_others_with_one_sentence(tmp_path):
     os.kill(dict(processes)["1"], signal.SIGKILL)
     assert program.wait(10) == 128 + signal.SIGKILL
     assert_gone([process for _, process in processes])
-    how = "ended by SIGKILL (was memory full?); run the same command again to go on."
-    assert (tmp_path / "stderr").read_text() == f"\nstasc: process 2 of 2 was {how}\n"
+    assert (tmp_path / "stderr").read_text() == (
+        "\nstasc: process 2 of 2 was ended by SIGKILL (was memory full? lower data.batches.token_budget, or "
+        "sampler.kv_cache_gib); run the same command again to go on.\n"
+    )
 
 
 FAILING_RANK = """

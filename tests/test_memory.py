@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from transformers import Phi3Config, PreTrainedConfig, Qwen2Config
 
 from stasc.errors import UserError
-from stasc.memory import GIB, cache_bytes, engine_share, training_bytes
+from stasc.memory import GIB, cache_bytes, engine_share, ran_out, training_bytes
 from stasc.model_folder import ModelFolder
 from stasc.sampling import VLLMSampler
 from stasc.training.lora import LoRA
@@ -194,3 +194,17 @@ def test_the_engine_chooses_within_its_memory_and_says_so(model, tmp_path, capsy
     sampler.memory = needed
     with pytest.raises(UserError, match=r"set sampler\.kv_cache_gib yourself"):
         sampler.start(model, device=torch.device("cpu"), context=64, log=tmp_path / "log")
+
+
+def test_memory_that_ran_out_is_told_with_the_options_that_lower_it():
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(1 << 50, dtype=torch.uint8)
+    assert ran_out(error.value).startswith(
+        f"memory ran out (can't allocate memory: you tried to allocate {1 << 50} bytes. "
+    )
+    on_a_gpu = ran_out(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."))
+    assert on_a_gpu.startswith(
+        "memory ran out (CUDA out of memory. Tried to allocate 2.00 GiB.): lower data."
+    )
+    assert ran_out(MemoryError()).startswith("memory ran out (MemoryError): lower data.batches.token_budget")
+    assert ran_out(RuntimeError("shapes do not fit")) is None

@@ -170,7 +170,10 @@ def test_fsdp_goes_on_with_the_same_bytes_where_a_process_was_killed_and_d_n_was
 
     killed = stasc(*fit("stopped", *ending("Kill", "on_train_batch_end", 1, rank=1)))
     assert killed.returncode == 128 + 9
-    sentence = "process 2 of 2 was ended by SIGKILL (was memory full?); run the same command again to go on."
+    sentence = (
+        "process 2 of 2 was ended by SIGKILL (was memory full? lower data.batches.token_budget, or "
+        "sampler.kv_cache_gib); run the same command again to go on."
+    )
     assert killed.stderr == f"\nstasc: {sentence}\n"
     checkpoint = tmp_path / "stopped/checkpoints/last.ckpt"
     assert checkpoint.stat().st_size > 3 * 1_000_000  # weights, and both moments of Adam

@@ -15,6 +15,7 @@ from operator import index
 from pathlib import Path
 from typing import BinaryIO
 
+from stasc.disk import naming
 from stasc.sampling.base import Draw, Request
 
 _KEY_CHARACTERS = 32
@@ -62,10 +63,11 @@ class Journal:
 
     def add(self, request: Request, draws: Sequence[Draw]) -> None:
         """Write the draws of a request."""
-        if self._file is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("ab", buffering=0)
-        self._file.write(f"{json.dumps([self._key(request), draws])}\n".encode())
+        with naming(self.path):
+            if self._file is None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = self.path.open("ab", buffering=0)
+            self._file.write(f"{json.dumps([self._key(request), draws])}\n".encode())
 
     def _key(self, request: Request) -> str:
         """A digest of all that the draws of a request follow from; how many there are is not part of it."""

@@ -278,7 +278,9 @@ class _Engine:
             answer = self._pipe.recv()
         except (EOFError, OSError) as error:
             self.kill()
-            raise EngineDied(f"exit status {self._process.returncode}") from error
+            status = self._process.returncode
+            memory = ", as when Linux has no memory left" if status == -signal.SIGKILL else ""
+            raise EngineDied(f"exit status {status}{memory}") from error
         if isinstance(answer, str):
             raise EngineFailed(answer)
         return answer
