@@ -4,8 +4,16 @@ import json
 import math
 import os
 import re
+import shlex
+import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from statistics import stdev
 from typing import NamedTuple
@@ -287,38 +295,78 @@ def test_plain_transformers_says_what_the_engine_said(quickstart, n):
     assert tokenizer.batch_decode(completions, skip_special_tokens=True) == answered
 
 
-PLAIN_VLLM = """
-import json, sys
-from vllm import LLM, SamplingParams
-
-options = {"dtype": "float32", "max_model_len": 512, "kv_cache_memory_bytes": 1 << 27, "enforce_eager": True}
-engine = LLM(sys.argv[1], **options)
-chats = json.load(open(sys.argv[2]))
-outputs = engine.chat(chats, SamplingParams(temperature=0, max_tokens=64), use_tqdm=False)
-json.dump([output.outputs[0].text for output in outputs], open(sys.argv[3], "w"))
-"""
+GUIDE = (ROOT / "docs/serving.md").read_text()
 
 
-def test_plain_vllm_says_what_the_engine_said(quickstart, cache, tmp_path):
-    asked, answered = both_turns(quickstart.records(5, "test")[:50])
-    (tmp_path / "asked").write_text(json.dumps(asked))
-    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
-    plain = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            PLAIN_VLLM,
-            quickstart.folder(5) / "model",
-            tmp_path / "asked",
-            tmp_path / "output",
-        ],
-        env=stasc_environment(cache) | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert plain.returncode == 0, plain.stderr
-    assert json.loads((tmp_path / "output").read_text()) == answered
+def in_the_guide(language: str, mark: str) -> list[str]:
+    """Blocks of the guide to serving that have a mark in them."""
+    return [block for block in re.findall(rf"```{language}\n(.*?)```", GUIDE, re.DOTALL) if mark in block]
+
+
+@pytest.fixture(scope="module")
+def server(quickstart, cache, tmp_path_factory) -> Iterator[str]:
+    """The guide's server of the quickstart's last model, at an address of its own."""
+    folder = tmp_path_factory.mktemp("server")
+    (folder / "runs").mkdir()
+    (folder / "runs/quickstart").symlink_to(quickstart.run)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    (command,) = in_the_guide("bash", "api_server")
+    here = {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(
+            ["bash", "-c", f"{command.rstrip()} --host localhost --port {port}"],
+            cwd=folder,
+            env=stasc_environment(cache) | here | {"VLLM_NO_USAGE_STATS": "1"},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        while True:
+            assert process.poll() is None, (folder / "log").read_text()[-3000:]
+            with suppress(OSError), urllib.request.urlopen(f"http://localhost:{port}/health", timeout=5):
+                break
+            time.sleep(0.2)
+        yield f"localhost:{port}"
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+
+
+def test_an_openai_client_gets_from_a_vllm_server_what_the_engine_said(
+    quickstart, server, monkeypatch, capfd
+):
+    (program,) = in_the_guide("python", "OpenAI")
+    monkeypatch.chdir(quickstart.run.parent)
+    Path("runs").mkdir()
+    Path("runs/quickstart").symlink_to(quickstart.run)
+    names: dict = {}
+    exec(program.replace("localhost:8000", server), names)
+    tested = quickstart.records(5, "test")[:50]
+
+    def both(trajectory: Trajectory) -> list[str]:
+        question = trajectory.question.text
+        initial = names["ask"]("initial", question=question)
+        return [initial, names["ask"]("correction", question=question, initial_answer=initial)]
+
+    with ThreadPoolExecutor(16) as pool:
+        said = list(pool.map(both, tested))
+    assert said == [[answer.text.strip() for answer in trajectory.answers] for trajectory in tested]
+
+    printed = capfd.readouterr().out
+    replies = []
+    for block in in_the_guide("bash", "curl"):  # its question is that of the program
+        words = shlex.split(block)
+        data = words[words.index("-d") + 1].replace("THE ANSWER", json.dumps("".join(replies))[1:-1])
+        url = next(word for word in words if word.startswith("http:")).replace("localhost:8000", server)
+        headers = dict([words[words.index("-H") + 1].split(": ")])
+        request = urllib.request.Request(url, data.encode(), headers)
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            replies.append(json.load(reply)["choices"][0]["message"]["content"].strip())
+    assert printed == "\n".join([*replies, ""])
+    assert len(replies) == 2
 
 
 def test_the_card_says_what_the_run_found_and_its_snippet_runs(quickstart, monkeypatch, capfd):
