@@ -87,7 +87,7 @@ class Evaluation(Callback):
         self.on_test_end(trainer, pl_module)
 
     def _evaluate(self, trainer: Trainer, n: int) -> int | None:
-        """Evaluate M_n, and after the last one the model that the validation questions choose: its iteration."""
+        """Evaluate M_n, and after the last one the model that validation chooses: its iteration."""
         experiment: Experiment = trainer.datamodule.experiment
         missing = experiment.missing(experiment.run.iteration(n).metrics)
         metrics = experiment.evaluate(n)
