@@ -239,25 +239,30 @@ def assert_curves_are_the_metrics(done: Quickstart) -> None:
 
 def test_validation_questions_choose_and_the_test_set_is_seen_seldom(stasc, tmp_path):
     run = tmp_path / "run"
-    options = ("--data.validation", 0.25, "--data.evaluation.test_every", 2)
-    process = stasc(*demo_fit(run, train=40, test=20, iterations=3), *options)
+    options = ("--data.validation", 0.25, "--data.evaluation.test_every", 3)
+    # So that M_1 is chosen, which is not tested in its turn: iteration 1 asks 60 questions with two initial
+    # answers and four corrections each, then M_0 20 for validation and 20 for the test.
+    reward = ["users_own.PaysInIteration", "--data.reward.iteration", 2]
+    reward += ["--data.reward.calls_per_iteration", 60 * (2 + 4) + 40 * 2]
+    process = stasc(*demo_fit(run, train=80, test=20, iterations=3), *options, "--data.reward", *reward)
     assert process.returncode == 0, process.stderr
     done = Quickstart(process, run)
     metrics = [done.metrics(n) for n in range(4)]
     rewards = [of_n["validation"]["r2"] for of_n in metrics]
-    best = rewards.index(max(rewards))
-    assert [n for n in range(4) if "test" in metrics[n]] == sorted({0, 2, 3, best})
-    assert {of_n["validation"]["count"] for of_n in metrics} == {10}
+    assert [reward > 0 for reward in rewards] == [False, True, False, False]
+    best = 1
+    assert ["test" in of_n for of_n in metrics] == [True, True, False, True]
+    assert {of_n["validation"]["count"] for of_n in metrics} == {20}
     held_out = {trajectory.question.id for trajectory in done.records(3, "validation")}
     learnt = {trajectory.question.id for trajectory in done.records(3, "initial")}
-    assert (len(held_out), len(learnt), held_out & learnt) == (10, 30, set())
+    assert (len(held_out), len(learnt), held_out & learnt) == (20, 60, set())
     reward = f"{metrics[best]['test']['r2']:.3f}"
     assert re.search(rf"best on validation +M_{best}, test r\(Y2\) {reward}\n", process.stdout)
     assert f"M_{best}: corrections are" in process.stdout
     assert [n for n, _ in curves(run)[tag("validation/r2")]] == [0, 1, 2, 3]
-    tested = {n: of_n["test"]["r2"] for n, of_n in enumerate(metrics) if "test" in of_n}
-    assert dict(curves(run)[tag("test/r2")]) == pytest.approx(tested)
-    assert curves(run)[tag("best/r2")][-1][1] == pytest.approx(max(tested.values()))
+    for name in ("r1", "r2", "delta"):
+        tested = [(n, pytest.approx(metrics[n]["test"][name])) for n in (0, 1, 3)]
+        assert curves(run)[tag(f"test/{name}")] == tested
     for n in range(1, 4):
         card = (done.folder(n) / "model/README.md").read_text()
         assert ("| test | M_" in card) == ("test" in metrics[n])
