@@ -30,6 +30,9 @@ TABLE_ROWS = 12
 _CHANGES = {name: f"{name[0]}>{name.rpartition('_')[2][0]}" for name in TRANSITIONS}
 """Short names of what became of answers: ``w>r 3`` are three that were wrong and became right."""
 
+_OF_THE_TEST = ("test", "greedy", "rounds", "samples")
+"""Groups of metrics that the test questions give."""
+
 
 class Evaluation(Callback):
     """Evaluates every M_n, M_0 included, shows the metrics, and writes them into the card of M_n.
@@ -96,7 +99,7 @@ class Evaluation(Callback):
         choice = experiment.choose() if n == experiment.algorithm.iterations else None
         if trainer.is_global_zero:
             if choice not in (None, n) and not experiment.tests(choice):  # it was tested just now, if ever
-                self._show(trainer, choice, ("test",))
+                self._show(trainer, choice, _OF_THE_TEST)
             self._show(trainer, n)
         return choice
 
