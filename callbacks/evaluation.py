@@ -114,13 +114,15 @@ class Evaluation(Callback):
             if groups is None or name.partition("/")[0] in groups
         }
         answers = run.iteration(n).test_answers(2) if "test" in iterations[n] else run.iteration(n).validation
-        trajectories = list(islice(Records(answers), TABLE_ROWS))
+        evaluated = answers.is_file()  # it is not between two times that the test questions are asked
+        if evaluated:
+            _write_card(experiment, n)
+            trajectories = list(islice(Records(answers), TABLE_ROWS))
         for logger in trainer.loggers:
             logger.log_metrics(points, step=n)
-            if isinstance(logger, Curves | TensorBoardLogger):
+            if evaluated and isinstance(logger, Curves | TensorBoardLogger):
                 logger.experiment.add_text(f"{answers.stem}/trajectories", sample_table(trajectories), n)
             logger.save()
-        _write_card(experiment, n)
 
 
 def _write_card(experiment: Experiment, n: int) -> None:
