@@ -145,12 +145,16 @@ class Experiment:
         path = self.run.iteration(n).metrics
         if self.missing(path):
             metrics = {"iteration": n, **self._validation(n)}
-            if n % self.evaluation.test_every == 0 or n == self.algorithm.iterations:
+            if self.tests(n):
                 metrics |= self._test(n)
             if n:
                 metrics |= read_json(self.run.iteration(n).training, "train", "dataset", "training")
             self._write(path, metrics | self._measured(n, metrics))
         return read_json(path, "iteration")
+
+    def tests(self, n: int) -> bool:
+        """Whether M_n is evaluated on the test questions in its turn, whatever is chosen in the end."""
+        return n % self.evaluation.test_every == 0 or n == self.algorithm.iterations
 
     def choose(self) -> int | None:
         """The iteration whose corrections are best on the validation questions, once all are evaluated.
