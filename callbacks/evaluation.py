@@ -21,6 +21,7 @@ from stasc.model_card import write_card
 from stasc.progress import say
 from stasc.run import read_json
 from stasc.statistics import verdict
+from stasc.texts import table_cell
 from stasc.training.module import CorrectionSFT
 from stasc.trajectory import TRANSITIONS, Records, Trajectory
 
@@ -308,15 +309,11 @@ def _table(rows: dict[str, tuple[dict[str, float], str]], first: str, last: str)
 
 def sample_table(trajectories: Sequence[Trajectory]) -> str:
     """Trajectories as a Markdown table."""
-
-    def cell(text: str) -> str:
-        return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", "<br>")
-
     rows = ["| question | references | initial answer | r1 | correction | r2 |", "|---|---|---|---|---|---|"]
     for t in trajectories:
         initial, correction = t.after(1), t.after(2)
         texts = (t.question.text, "; ".join(t.question.references), initial.text, correction.text)
-        question, references, y1, y2 = map(cell, texts)
+        question, references, y1, y2 = map(table_cell, texts)
         rows.append(
             f"| {question} | {references} | {y1} | {initial.reward:g} | {y2} | {correction.reward:g} |"
         )

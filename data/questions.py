@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import math
 import os
 import random
@@ -80,6 +81,8 @@ class QuestionFile(QuestionSource):
         split: str = "train",
         name: str | None = None,
     ) -> None:
+        if not path.strip():
+            raise UserError("the path of a QuestionFile is empty: name a JSONL file or a hub id.")
         self.path = path
         self.question = question
         self.references = references
@@ -114,10 +117,11 @@ class QuestionFile(QuestionSource):
             os.environ["HF_DATASETS_OFFLINE"] = "1"  # what is in its cache, and no retries; read on import
         from datasets import load_dataset  # slow: it imports pandas and more
 
+        logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what it raises is told below
         try:
             rows = load_dataset(self.path, self.name, split=self.split)
         except Exception as error:  # the hub client raises many unrelated types
-            reason = away or str(error).strip().partition("\n")[0] or type(error).__name__
+            reason = away or str(error.__cause__ or error).strip().partition("\n")[0] or type(error).__name__
             raise UserError(
                 f"'{self.path}' is not a file, and its split '{self.split}' could not be loaded from the "
                 f"Hugging Face hub ({reason})."
@@ -172,30 +176,31 @@ class QuestionFile(QuestionSource):
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in enumerate(_lines(path), start=1):
+        location = f"{path}, line {number}"
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_distinct)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{location}: this is not UTF-8 text.") from error
+        except json.JSONDecodeError as error:
+            raise UserError(f"{location}: this is not JSON ({error.msg}, column {error.colno}).") from error
+        except _KeyTwice as error:
+            raise UserError(f"{location}: the column '{error}' is there twice: remove one.") from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{location}: this is not JSON that can be read ({error}).") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{location}: this is not a JSON object with named columns.")
+        yield location, row
+
+
+def _lines(path: Path) -> Iterator[bytes]:
     try:
-        lines = path.open("rb")
+        with path.open("rb") as lines:
+            yield from lines
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): see to that, or name another.") from error
-    with lines:
-        for number, line in enumerate(lines, start=1):
-            location = f"{path}, line {number}"
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_distinct)
-            except UnicodeDecodeError as error:
-                raise UserError(f"{location}: this is not UTF-8 text.") from error
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{location}: this is not JSON ({error.msg}, column {error.colno})."
-                ) from error
-            except _KeyTwice as error:
-                raise UserError(f"{location}: the column '{error}' is there twice: remove one.") from error
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{location}: this is not JSON that can be read ({error}).") from error
-            if not isinstance(row, dict):
-                raise UserError(f"{location}: this is not a JSON object with named columns.")
-            yield location, row
 
 
 class _KeyTwice(Exception):

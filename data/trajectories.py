@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,6 +106,11 @@ class TrajectoryDataModule(LightningDataModule):
         output: str | None = None,
     ) -> None:
         super().__init__()
+        if type(reward) is Reward:
+            raise UserError(
+                "data.reward is stasc.reward.Reward, which judges nothing: name a subclass of it, such as "
+                "stasc.reward.InAccuracy."
+            )
         self.sources = {"train": train, "validation": validation, "test": test, "predict": predict}
         self.prompts = prompts
         self.sampling = sampling
@@ -249,6 +255,49 @@ class TrajectoryDataModule(LightningDataModule):
     def output_path(self, subcommand: str) -> Path:
         """Where a subcommand other than ``fit`` writes."""
         return Path(self.output) if self.output else self.experiment.run.folder / f"{subcommand}.jsonl"
+
+    def check_batches(self, accumulate: int) -> None:
+        """Find settings with which no batch could be made, before anything is sampled.
+
+        Args:
+            accumulate: Least number of micro-batches of an optimiser step.
+
+        Raises:
+            UserError: A prompt alone exceeds the token budget, or there are more micro-batches than examples.
+        """
+        tokens, question = self.experiment.longest_prompt
+        budget, size = self.batches.token_budget, self.batches.size
+        if self.training_prompts is None and tokens >= budget:
+            raise UserError(
+                f"data.batches.token_budget is {budget}, and a prompt of training question '{question}' has "
+                f"{tokens} tokens without its answer: raise it."
+            )
+        if self.experiment.algorithm.questions_per_update is None and accumulate > size:
+            raise UserError(
+                f"trainer.accumulate_grad_batches is {accumulate}, and data.batches.size {size}, so that "
+                "batches would have no example: lower the first, or raise the second."
+            )
+
+    def check_output(self, subcommand: str) -> None:
+        """Find out whether a subcommand other than ``fit`` can write its files, before it samples.
+
+        Raises:
+            UserError: One is there, or their folder cannot be written to.
+        """
+        output, metrics = self.output_path(subcommand), self.metrics_path(subcommand)
+        for path in (output,) if subcommand == "predict" else (output, metrics):
+            if path.exists():
+                raise UserError(f"{path} exists: choose another --data.output, or remove it.")
+        if output == metrics:
+            raise UserError(f"data.output {output} is a name for metrics: give one such as test.jsonl.")
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=output.parent):
+                pass
+        except OSError as error:
+            raise UserError(
+                f"{output} cannot be written ({error.strerror}): choose another --data.output or --run_dir."
+            ) from error
 
     def metrics_path(self, subcommand: str) -> Path:
         """Where a subcommand other than ``fit`` writes what it has measured."""

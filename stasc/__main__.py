@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from stasc import __version__
-from stasc.ending import end_on_signals, end_with_rank_zero
+from stasc.ending import end_after_mistakes, end_on_signals, end_with_rank_zero
 from stasc.house import HOUSE
 from stasc.progress import Progress
 
@@ -45,6 +45,11 @@ def main() -> None:
     After a mistake of the user it prints one sentence and exits with status 2. A signal ends it with a
     sentence and status 128 + its number, as 130 after Ctrl-C and 143 after SIGTERM.
     """
+    with end_after_mistakes():
+        _run()
+
+
+def _run() -> None:
     if sys.argv[1:] in ([], ["-h"], ["--help"]):
         print(HELP)  # before the imports below, which take seconds
         sys.exit(0 if sys.argv[1:] else 2)

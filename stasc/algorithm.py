@@ -23,6 +23,10 @@ VARIANTS: tuple[Variant, ...] = tuple("".join(letters) for letters in product("F
 """In the order of the paper's Table 2."""
 
 
+_MOST = 1_000_000
+"""Of every size: far more than any run can do, and few enough to be refused before memory runs out."""
+
+
 def _always(trajectory: Trajectory) -> bool:
     return True
 
@@ -97,8 +101,9 @@ class Algorithm(ABC):
     ) -> None:
         least = {"iterations": 0, "n_init": 1, "n_corr": 0, "epochs": 1, "rounds": 1}
         for name, size in zip(least, (iterations, n_init, n_corr, epochs, rounds), strict=True):
-            if size < least[name]:
-                raise UserError(f"algorithm.{name} is {size}: it must be {least[name]} or more.")
+            if not least[name] <= size <= _MOST:
+                limit = f"{least[name]} or more" if size < _MOST else f"{_MOST:,} or less"
+                raise UserError(f"algorithm.{name} is {size}: it must be {limit}.")
         if not 0 < threshold <= 1:
             raise UserError(
                 f"algorithm.threshold is {threshold}: it must be above 0 and, as rewards are, at most 1."

@@ -8,14 +8,20 @@ from collections.abc import Sequence
 from jsonargparse import ArgumentError, ArgumentParser
 from transformers.utils.logging import disable_progress_bar
 
-from stasc.errors import UserError
+from stasc.errors import UserError, check_text
+from stasc.refusals import plain_words
 from stasc.sampling import Sampler, TransformersSampler
 from stasc.self_corrector import SelfCorrector
+from stasc.texts import printable
 from stasc.trajectory import Trajectory
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Answer the lines of standard input to its end; a user's mistake ends in one sentence and status 2."""
+    """Answer the lines of standard input to its end.
+
+    Raises:
+        UserError: An option is wrong, or the model's folder.
+    """
     disable_progress_bar()  # of the weights that are loaded
     try:
         parser = ArgumentParser(
@@ -37,9 +43,8 @@ def main(arguments: Sequence[str]) -> None:
         corrector = SelfCorrector.from_pretrained(
             options.model.base, options.sampler, options.seed_everything
         )
-    except (UserError, ArgumentError) as mistake:
-        print(f"stasc: {' '.join(str(mistake).split())}", file=sys.stderr)
-        sys.exit(2)
+    except ArgumentError as mistake:
+        raise UserError(plain_words(mistake, arguments)) from mistake
     try:
         _talk(corrector, options.rounds)
     finally:
@@ -58,9 +63,10 @@ def _talk(corrector: SelfCorrector, rounds: int | None) -> None:
         if not question:
             continue
         try:
+            check_text(question, "the question")
             print(_shown(corrector.ask(question, rounds)), flush=True)
         except UserError as mistake:  # a question that is too long: the next may be shorter
-            print(f"stasc: {mistake}", file=sys.stderr, flush=True)
+            print(f"stasc: {printable(str(mistake))}", file=sys.stderr, flush=True)
 
 
 def _shown(trajectory: Trajectory) -> str:
@@ -69,4 +75,4 @@ def _shown(trajectory: Trajectory) -> str:
         f"{'initial answer' if answer.prompt == 'initial' else answer.prompt}: {answer.text.strip()}"
         for answer in trajectory.answers
     ]
-    return "".join(char if char.isprintable() or char == "\n" else "?" for char in "\n".join(blocks))
+    return printable("\n".join(blocks), keep="\n")

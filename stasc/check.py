@@ -34,10 +34,9 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from callbacks.measurement import AROUND, ITERATION, RESUME, START, TRAIN, TRAIN_LONGEST, WRITE, host_memory
-from stasc.errors import UserError
 from stasc.model_folder import ModelFolder
 from stasc.run import Run
 
@@ -131,12 +130,6 @@ def main(arguments: Sequence[str]) -> None:
             parts.append(report)
         print("\n\n".join(parts), flush=True)
         sys.exit(0 if fits else 1)
-    except UserError as mistake:
-        print(f"stasc: {mistake}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("stasc: interrupted.", file=sys.stderr)
-        sys.exit(130)
     finally:
         if not failure:
             shutil.rmtree(folder, ignore_errors=True)
@@ -172,8 +165,9 @@ def _random_model(base: str, folder: Path) -> Path:
     source = ModelFolder.locate(str(MADE_HERE[base]()) if base in MADE_HERE else base, weights=False)
     print("check: random weights", file=sys.stderr, flush=True)
     torch.manual_seed(0)
-    config = AutoConfig.from_pretrained(source.path)
-    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, source.dtype))
+    model = AutoModelForCausalLM.from_config(
+        source.model_config(), dtype=getattr(torch, source.dtype), trust_remote_code=False
+    )
     model.save_pretrained(folder)
     for path in source.files_beside_weights():
         shutil.copyfile(path, folder / path.name)

@@ -7,15 +7,13 @@ import os
 import re
 import sys
 import threading
-import time
 import traceback
 import warnings
-import zipfile
 from functools import partial
 from inspect import signature
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
@@ -26,7 +24,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies.launchers import subprocess_script
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from torch.distributed import DistNetworkError
+from torch.distributed import DistNetworkError, DistStoreError
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from callbacks import Curves, Evaluation, OuterLoop, TrainingProgress
@@ -39,16 +37,16 @@ from stasc.errors import UserError
 from stasc.experiment import Experiment
 from stasc.house import config_file
 from stasc.manual import Manual
-from stasc.memory import ran_out
 from stasc.model_folder import ModelFolder
 from stasc.progress import Progress, say
 from stasc.prompting import Dialogue
 from stasc.provenance import fingerprint, this_start
-from stasc.refusals import plain_words
+from stasc.refusals import is_given, plain_words
 from stasc.run import NEVER, START, TRAINING, FirstUse, Run, SystemRecord, first_use, flatten
 from stasc.sampling import Sampler, VLLMSampler
+from stasc.texts import printable
 from stasc.trainer_options import check_trainer_options
-from stasc.training.checkpoints import WholeCheckpoints
+from stasc.training.checkpoints import WholeCheckpoints, check_checkpoint
 from stasc.training.module import CorrectionSFT
 from stasc.training.weights import check_weights
 from stasc.users_code import blame
@@ -58,9 +56,6 @@ MADE_HERE = {"demo": demo.base_model, "smollm2-135m": smollm2.base_model}
 
 SEED = 42
 """What all draws follow from, unless another number is given."""
-
-_CONNECTION_LOST = re.compile("Connection (reset|closed) by|Broken pipe|remote process exited")
-"""What gloo and NCCL say of a process that is gone."""
 
 _TRAINER_OPTIONS_THAT_TRAIN = (
     "precision",
@@ -137,6 +132,7 @@ class STaSCCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; what a command other than ``fit`` leaves open is as the model's manual has it.
 
+        Code that a manual names is not imported unless the user names it too.
         The seed is checked here, because Lightning uses it at once.
         """
         super().parse_arguments(parser, args)
@@ -147,7 +143,16 @@ class STaSCCLI(LightningCLI):
             and base not in MADE_HERE
             and (manual := Manual.find(ModelFolder.locate(base).path))
         ):
-            self._parser(command).set_defaults(manual.options)
+            options = manual.options
+            if manual.names_code:
+                if not is_given("data.answer", sys.argv):
+                    name = manual.answer.get("class_path")
+                    raise UserError(
+                        f"the stasc.yaml of {base} names {name} as data.answer, which is code that did not "
+                        f"come with stasc: if you trust it, give --data.answer {name} yourself."
+                    )
+                del options["data.answer"]
+            self._parser(command).set_defaults(options)
             super().parse_arguments(parser, args)
         seed = self.config[self.config.subcommand].seed_everything
         if isinstance(seed, bool) or not 0 <= seed < 2**32:
@@ -157,8 +162,13 @@ class STaSCCLI(LightningCLI):
         """Check the options; make M_0 if it is one that is made here."""
         config = self.config[self.subcommand]
         check_trainer_options(config.trainer.as_dict())
-        if not config.run_dir.strip():
-            raise UserError("run_dir is empty: name a folder for the run, such as runs/mine.")
+        places = {"run_dir": config.run_dir, "reuse": config.reuse, "data.output": config.data.output}
+        for option, place in places.items():
+            if place is not None and not place.strip():
+                such = " for the run, such as runs/mine" if option == "run_dir" else ", or leave it out"
+                raise UserError(
+                    f"{option} is empty: name a {'file' if option == 'data.output' else 'folder'}{such}."
+                )
         if config.ckpt_path:
             raise UserError(
                 "ckpt_path is not for you to set: a run goes on from its own folder's checkpoint, and "
@@ -220,7 +230,7 @@ class STaSCCLI(LightningCLI):
         kwargs["plugins"] = [WholeCheckpoints(), *filter(None, users)]
         try:
             return super().instantiate_trainer(**kwargs)
-        except (MisconfigurationException, TypeError, ValueError) as error:
+        except (MisconfigurationException, TypeError, ValueError, RuntimeError, ImportError) as error:
             raise UserError(f"the trainer's settings do not work here: {error}") from error
 
     def after_instantiate_classes(self) -> None:
@@ -231,9 +241,8 @@ class STaSCCLI(LightningCLI):
         if rank_zero_only.rank == 0:  # it reads all of them
             check_weights(experiment.base)
         if self.subcommand != "fit":
-            output = self.datamodule.output_path(self.subcommand)
-            if output.exists() and rank_zero_only.rank == 0:
-                raise UserError(f"{output} exists: choose another --data.output, or remove it.")
+            if rank_zero_only.rank == 0:
+                self.datamodule.check_output(self.subcommand)
             return
         self.model.on_policy, self.model.stays_near_m0 = (
             experiment.on_policy,
@@ -241,6 +250,7 @@ class STaSCCLI(LightningCLI):
         )
         if experiment.on_policy:
             self.model.temperature = experiment.sampling.temperature
+        self.datamodule.check_batches(self.trainer.accumulate_grad_batches)
         self.model.check(self.trainer.strategy)
         if rank_zero_only.rank == 0:
             experiment.run.lock()
@@ -285,7 +295,7 @@ class STaSCCLI(LightningCLI):
             base=base,
             run=Run(config.run_dir),
             seed=config.seed_everything,
-            reuse=Path(config.reuse) if config.reuse else None,
+            reuse=None if config.reuse is None else Path(config.reuse),
             keep_models=config.keep_models,
             origin=origin,
         )
@@ -343,11 +353,7 @@ class STaSCCLI(LightningCLI):
         run = datamodule.experiment.run
         going_on = not kwargs.get("ckpt_path") and run.last_checkpoint.is_file()
         if going_on:
-            if not zipfile.is_zipfile(run.last_checkpoint):
-                raise UserError(
-                    f"{run.last_checkpoint} is damaged: remove it, and the run trains its iterations again "
-                    "from the files that it has."
-                )
+            check_checkpoint(run.last_checkpoint)
             kwargs["ckpt_path"] = str(run.last_checkpoint)
         algorithm, questions = datamodule.experiment.algorithm, datamodule.experiment.questions
         counts = ", ".join(f"{len(asked):,} {name}" for name, asked in questions.items())
@@ -357,15 +363,26 @@ class STaSCCLI(LightningCLI):
             self.trainer.fit(model, datamodule=datamodule, **kwargs)
         except UserError:
             raise
-        except Exception as error:
-            sentence = blame(error)
+        except BaseException as error:
+            sentence = blame(error) or self._refused_by_a_callback(error)
             if sentence is None:
                 raise
             log = run.folder / f"error-{self.trainer.global_rank}.log"
-            log.write_text("".join(traceback.format_exception(error)), encoding="utf-8", errors="replace")
+            text = printable("".join(traceback.format_exception(error)), keep="\n")
+            log.write_text(text, encoding="utf-8", errors="replace")
             raise UserError(f"{sentence} The whole traceback is in {log}.") from error
         finally:
             run.unlock()
+
+    def _refused_by_a_callback(self, error: BaseException) -> str | None:
+        """A sentence for an error in a library's callback that the user named; None for other errors."""
+        option = self.config_init[self.subcommand].trainer.callbacks
+        named = [callback for callback in (option if isinstance(option, list) else [option]) if callback]
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            if any(frame.f_locals.get("self") is callback for callback in named):
+                name = type(frame.f_locals["self"]).__name__
+                return f"{name} of trainer.callbacks failed ({type(error).__name__}: {error}): see to it."
+        return None
 
 
 def help_text(command: str) -> str:
@@ -388,7 +405,11 @@ def help_text(command: str) -> str:
 
 
 def run() -> None:
-    """Parse ``sys.argv`` and run; a user's mistake ends in one sentence on standard error and status 2."""
+    """Parse ``sys.argv`` and run.
+
+    Raises:
+        UserError: The user made a mistake.
+    """
     if sys.argv[1] in STaSCCLI.subcommands() and {"-h", "--help"} & set(sys.argv):
         if sys.argv[-1] != "all":
             print(help_text(sys.argv[1]))
@@ -426,30 +447,20 @@ def run() -> None:
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
-    except DistNetworkError as error:
+    except (DistNetworkError, DistStoreError) as error:  # nobody, or somebody else, is there
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         reason = str(error).partition("\n")[0]
-        _end(
+        raise UserError(
             f"the training processes cannot meet at {place} ({reason}): set the variables MASTER_ADDR and "
             "MASTER_PORT to an address and a free port of the first node."
-        )
-    except (UserError, ArgumentError, MisconfigurationException) as mistake:
-        sentence = " ".join(str(mistake).split())
-        if isinstance(mistake, ArgumentError):
-            sentence = _own(mistake) or plain_words(mistake, sys.argv)
-        _end(sentence)
-    except Exception as error:
-        sentence = blame(error) or refusal(error) or ran_out(error) or _left_alone(error)
-        if sentence is None:  # a bug of ours
-            raise
-        _end(sentence)
-
-
-def _end(sentence: str) -> NoReturn:
-    if rank_zero_only.rank != 0:
-        time.sleep(1)  # rank 0 has the word, if it is an error of all, and ends this process
-    print(f"stasc: {sentence}", file=sys.stderr)
-    sys.exit(2)
+        ) from error
+    except ArgumentError as mistake:
+        sentence = _own(mistake) or plain_words(mistake, sys.argv)
+        if not {argument.partition("=")[0] for argument in sys.argv} & {"-c", "--config"}:
+            sentence += " (no --config FILE was given)"
+        raise UserError(sentence) from mistake
+    except MisconfigurationException as mistake:
+        raise UserError(str(mistake)) from mistake
 
 
 def _in_a_thread(failure: threading.ExceptHookArgs) -> None:
@@ -463,28 +474,6 @@ def _own(error: BaseException | None) -> str | None:
     while error and not isinstance(error, UserError):
         error = error.__cause__
     return error and str(error)
-
-
-def _left_alone(error: Exception) -> str | None:
-    """A sentence for the loss of another training process; None for other errors."""
-    if not isinstance(error, RuntimeError) or not _CONNECTION_LOST.search(str(error)):
-        return None
-    time.sleep(5)  # if it ran on this machine, then meanwhile that was said, and this process was ended
-    return (
-        "another training process has ended or is out of reach: see what it has printed, and run the same "
-        "command again to go on."
-    )
-
-
-def _left_alone(error: Exception) -> str | None:
-    """A sentence for the loss of another training process; None for other errors."""
-    if not isinstance(error, RuntimeError) or not _CONNECTION_LOST.search(str(error)):
-        return None
-    time.sleep(5)  # if it ran on this machine, then meanwhile that was said, and this process was ended
-    return (
-        "another training process has ended or is out of reach: see what it has printed, and run the same "
-        "command again to go on."
-    )
 
 
 def _loggers(option: Any) -> list[Namespace]:

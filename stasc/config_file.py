@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,16 @@ from stasc.errors import UserError, check_text
 
 MOST_VALUES = 1_000_000
 """Values that a file may have once its aliases are written out; far more than any config needs."""
+
+MOST_BYTES = 1 << 24
+"""Size that a file may have; more than any config needs, and some devices never end."""
+
+
+_SECRETS = ("api_key", "api_token", "token", "password", "secret")
+"""Options of loggers, in the end, whose values nobody should read in a run folder."""
+
+_SECRET = re.compile(r"://[^/\s:@]+:[^/\s@]+@|\bhf_[A-Za-z0-9]{30,}")
+"""A URL with a password, and a token of the Hugging Face hub."""
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -50,12 +61,15 @@ def check_named_files(values: Any, folder: Path = Path()) -> None:
 
 def _read(path: Path) -> Any:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with path.open("rb") as file:
+            text = file.read(MOST_BYTES + 1).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"the file {path} is not UTF-8 text: save it as UTF-8.") from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"the config {path} cannot be read ({reason}): name a YAML file.") from error
+    if len(text) > MOST_BYTES:
+        raise UserError(f"the config {path} has more than {MOST_BYTES:,} bytes: name a YAML file.")
     return _parse(text, path)
 
 
@@ -80,7 +94,7 @@ def check_value(option: str, value: Any) -> None:
     """Find values that no option can have, whatever its type.
 
     Raises:
-        UserError: There is a nan, or a text that no file could have as its name.
+        UserError: There is a nan, a text that no file could have as its name, or a password.
     """
     if isinstance(value, dict):
         for name, inner in value.items():
@@ -91,9 +105,12 @@ def check_value(option: str, value: Any) -> None:
     elif isinstance(value, float) and math.isnan(value):
         raise UserError(f"{option} is nan: give a number.")
     elif isinstance(value, str):
-        if "\0" in value:
-            raise UserError(f"{option} has a zero byte in it: remove it.")
         check_text(value, option)
+        if _SECRET.search(value) or (value and option.rpartition(".")[2] in _SECRETS):
+            raise UserError(
+                f"{option} has a password or token, which would stand in config.yaml: leave it out, and set "
+                "the environment variable that its service reads."
+            )
 
 
 def _count(node: yaml.Node, path: Path, counted: dict[int, int]) -> int:

@@ -1,24 +1,103 @@
-"""How the program ends before its work is done: by a signal, or with the process that started it.
+"""How the program ends before its work is done: by a mistake, a signal, or with what has started it.
 
-Such an end needs no farewell. Whatever is done is on disk at any moment (``stasc/run.py``), so the program
-ends at once, and the kernel ends with it whatever it has started: the other ranks and the engines.
+Signals need no farewell. Whatever is done is on disk at any moment (``stasc/run.py``), so the program ends at
+once, and the kernel ends with it whatever it has started: the other ranks and the engines.
 """
 
 import ctypes
+import errno
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from stasc.disk import refusal
+from stasc.errors import UserError
+from stasc.progress import speaks
+from stasc.texts import printable
+from stasc.users_code import blame
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Ctrl-C; SLURM, docker and kill; a closed terminal."""
 
 _FULL_MEMORY = " (was memory full? lower data.batches.token_budget, or sampler.kv_cache_gib)"
+
+_CONNECTION_LOST = re.compile("Connection (reset|closed) by|Broken pipe|remote process exited")
+"""What gloo and NCCL say of a process that is gone."""
+
 _PR_SET_PDEATHSIG = 1
 _STARTED_BY = "STASC_STARTED_BY"
+
+
+@contextmanager
+def end_after_mistakes() -> Iterator[None]:
+    """End the program after a mistake with one sentence on standard error and status 2.
+
+    Mistakes are a ``UserError``, an error in code of the user's own or that this code ends the program, and a
+    place or disk that does not take what is written. Other errors are ours and pass. A reader of standard
+    output that goes away, as ``head`` does, ends the program without a word, and with status 141 as others.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started the program
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+        return
+    except UserError as mistake:
+        sentence = str(mistake)
+    except BaseException as error:
+        unwritten = _output_is_closed(error)
+        if unwritten == errno.EPIPE:
+            sys.exit(128 + signal.SIGPIPE)
+        sentence = blame(error) or refusal(error)
+        if sentence is None and isinstance(error, Exception):
+            from stasc.memory import ran_out  # imports torch, which a command without an error may not need
+
+            sentence = ran_out(error) or _left_alone(error)
+        if unwritten:
+            sentence = f"standard output cannot be written ({os.strerror(unwritten)}): see to that."
+        if sentence is None and isinstance(error, KeyboardInterrupt):
+            print("\nstasc: interrupted.", file=sys.stderr)
+            sys.exit(128 + signal.SIGINT)
+        if sentence is None:
+            raise
+    if not speaks():
+        time.sleep(1)  # rank 0 has the word, if it is an error of all, and ends this process
+    with suppress(OSError):
+        print(f"stasc: {printable(' '.join(sentence.split()))}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _output_is_closed(error: BaseException) -> int | None:
+    """The number of the error if it is one of standard output, which is then written nowhere; else None."""
+    if not isinstance(error, OSError) or error.filename is not None:
+        return None
+    try:
+        sys.stdout.flush()  # what could not be written is in its buffer still
+    except OSError as again:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails with it at its end
+        return again.errno
+    return None
+
+
+def _left_alone(error: BaseException) -> str | None:
+    """A sentence for the loss of another training process; None for other errors."""
+    if not isinstance(error, RuntimeError) or not _CONNECTION_LOST.search(str(error)):
+        return None
+    time.sleep(5)  # if it ran on this machine, then meanwhile that was said, and this process was ended
+    return (
+        "another training process has ended or is out of reach: see what it has printed, and run the same "
+        "command again to go on."
+    )
 
 
 def end_on_signals() -> None:

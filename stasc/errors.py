@@ -10,11 +10,13 @@ class UserError(Exception):
 
 
 def check_text(text: str, name: str) -> None:
-    """Find half characters (lone surrogates), which no file and no tokenizer takes.
+    """Find what no file name, tokenizer or file takes: zero bytes and half characters (lone surrogates).
 
     Raises:
         UserError: There is one; the message begins with ``name``.
     """
+    if "\0" in text:
+        raise UserError(f"{name} has a zero byte at place {text.index(chr(0)) + 1}: remove it.")
     try:
         text.encode()
     except UnicodeEncodeError as error:

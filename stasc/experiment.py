@@ -54,6 +54,8 @@ class Evaluation:
     test_every: int = 1
 
     def __post_init__(self) -> None:
+        if self.marker is not None and not self.marker.strip():
+            raise UserError("data.evaluation.marker is blank: give a text, or null for none.")
         for name in ("samples", "test_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"data.evaluation.{name} is {getattr(self, name)}: it must be 1 or more.")
@@ -452,7 +454,12 @@ class Experiment:
     def _select(self, n: int, trajectories: Iterable[Trajectory]) -> Iterator[Example]:
         """What the algorithm selects, if it is what the algorithm says that it learns."""
         name = type(self.algorithm).__name__
-        for example in self.algorithm.select(n, trajectories):
+        selected = self.algorithm.select(n, trajectories)
+        if not isinstance(selected, Iterable):
+            raise UserError(
+                f"{name}.select gave {selected!r}: it must give examples, as t.learn() makes them."
+            )
+        for example in selected:
             if not isinstance(example, Example):
                 kind = type(example).__name__
                 raise UserError(
@@ -515,6 +522,7 @@ class Experiment:
                 "data.sampling.temperature is 0, so all draws of a prompt are the same: "
                 "raise it, or set algorithm.n_init and algorithm.n_corr to 1."
             )
+        self._check_turns()
         self._check_models()
         if self.on_policy and "train" in self.questions:
             self._check_on_policy()
@@ -528,8 +536,25 @@ class Experiment:
                 "correct the eos_token_id of its generation_config.json, or its tokenizer."
             )
         self._loaded = 0
+        self.longest_prompt = 0, ""
+        """Tokens of the longest prompt that answers may be learnt for, without the answers that it will hold,
+        and the id of its question."""
         self.context = max(map(self._longest, self.questions))
         """Tokens that the longest prompt and its answer can take together."""
+
+    def _check_turns(self) -> None:
+        """Find out whether the algorithm asks anything."""
+        for name, turns in {
+            "turns": self.algorithm.turns,
+            "test_turns": self.algorithm.test_turns(self.evaluation.samples),
+        }.items():
+            if not (
+                isinstance(turns, list | tuple) and turns and all(isinstance(turn, Turn) for turn in turns)
+            ):
+                raise UserError(
+                    f"{type(self.algorithm).__name__}.{name} gave {turns!r}: it must give a tuple of "
+                    "stasc.algorithm.Turn, the first of which asks for initial answers."
+                )
 
     def _check_models(self) -> None:
         """Find out whether the algorithm names models that there are by then."""
@@ -574,6 +599,9 @@ class Experiment:
         questions, longest, room = self.questions[name], 0, self.base.context
         for number, turn in enumerate(turns, start=1):
             lengths, answers = self.dialogue.lengths(turn.prompt, number, questions)
+            if name == "train" and turn.prompt in self.algorithm.learns:
+                ids = [question.id for question in questions]
+                self.longest_prompt = max(self.longest_prompt, *zip(lengths, ids, strict=True))
             for question, length in zip(questions, lengths, strict=True):
                 needed = length + (answers + 1) * max_tokens
                 if needed > room:

@@ -76,7 +76,10 @@ class Manual:
             if not isinstance(fields, dict):
                 raise ValueError("it must name turns, prompts, sampling and answer")
             manual = cls(**vars(parser.instantiate(parser.parse_object(fields))))
-        except (OSError, ValueError, TypeError, yaml.YAMLError, ArgumentError, UserError) as error:
+        except (
+            *(OSError, ValueError, TypeError, RecursionError),
+            *(yaml.YAMLError, ArgumentError, UserError),
+        ) as error:
             raise UserError(f"{path} has a mistake: {' '.join(str(error).split())}") from error
         if not manual.turns:
             raise UserError(f"{path} has no turns: name the prompts that are sent one after another.")
@@ -92,6 +95,11 @@ class Manual:
         """Write the file into a model folder; the same manual always gives the same bytes."""
         text = yaml.dump(asdict(self), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
         write_lines(folder / _FILE, (_HEAD + text).rstrip("\n").split("\n"))
+
+    @property
+    def names_code(self) -> bool:
+        """Whether it has answers found by a class that did not come with this program."""
+        return not str(self.answer.get("class_path")).startswith("stasc.answers.")
 
     @property
     def options(self) -> dict[str, Any]:

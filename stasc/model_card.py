@@ -15,6 +15,7 @@ from stasc.experiment import Experiment
 from stasc.model_folder import ModelFolder
 from stasc.run import read_json, write_lines
 from stasc.statistics import verdict
+from stasc.texts import inline_code, table_cell
 
 _SNIPPET = """\
 from stasc.self_corrector import SelfCorrector
@@ -69,9 +70,11 @@ def write_card(experiment: Experiment, n: int) -> None:
             header=header.to_yaml(),
             system=experiment.algorithm.name,
             n=n,
-            base=f"[{base}](https://huggingface.co/{base})" if _is_hub_id(base) else _portable(base),
-            base_name=base.rstrip("/").rpartition("/")[2],
-            licence=", ".join(licence.values()) or "the base model's folder names none",
+            base=f"[{base}](https://huggingface.co/{base})"
+            if _is_hub_id(base)
+            else table_cell(_portable(base)),
+            base_name=table_cell(base.rstrip("/").rpartition("/")[2]),
+            licence=table_cell(", ".join(licence.values())) or "the base model's folder names none",
             data=[(name, _described(source)) for name, source in sources.items() if source is not None],
             snippet=_SNIPPET.format(question=questions[0].text),
             initial_model=initial_model if initial_model != n else None,
@@ -146,7 +149,7 @@ def _described(source: Any) -> str:
         return f"{source} of train, held out"
     options = {name: value for name, value in source.get("init_args", {}).items() if value is not None}
     text = yaml.safe_dump(_portable(options), default_flow_style=True, sort_keys=False, width=10**6).strip()
-    return f"`{source['class_path']}` `{text}`"
+    return f"`{source['class_path']}` {inline_code(text)}"
 
 
 def _without(part: Mapping[str, Any], name: str) -> dict[str, Any]:

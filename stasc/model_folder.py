@@ -169,10 +169,20 @@ class ModelFolder:
             UserError: transformers cannot read it, or it is of no model that writes text after text.
         """
         content = self.config
+        if (self.path / "adapter_config.json").exists():  # transformers would load the model that it names
+            raise UserError(
+                f"{self.path} has an adapter_config.json, so it is an adapter of a model: merge it into that "
+                "model, and name the folder of the result."
+            )
         path, kind = self.path / "config.json", content.get("model_type")
         if kind not in CONFIG_MAPPING and "auto_map" not in content:
             raise UserError(
                 f"{path}: transformers has no architecture '{kind}': choose another model, or update it."
+            )
+        if content.get("quantization_config"):
+            raise UserError(
+                f"{path} has a quantization_config, and quantised weights cannot learn: choose the model "
+                "that was quantised."
             )
         config = self._loaded(AutoConfig.from_pretrained, "config.json")
         if config.get_text_config() is not config:
@@ -267,8 +277,11 @@ class ModelFolder:
         index = self.path / "model.safetensors.index.json"
         if not index.is_file():
             return [self.path / "model.safetensors"]
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        return [self.path / name for name in sorted(set(names))]
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        for name in names:
+            if Path(name).name != name:
+                raise UserError(f"{index} names {name}, which is no file of this folder: get it anew.")
+        return [self.path / name for name in names]
 
     def tensor_shapes(self) -> Shapes:
         """Names and shapes of the weights, without tensors that follow from others.
@@ -283,7 +296,9 @@ class ModelFolder:
                     names = tensors.keys()
                     shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
         except (OSError, KeyError, ValueError, TypeError, AttributeError, SafetensorError) as error:
-            raise UserError(f"{self.path} has no usable safetensors weights ({error}).") from error
+            others = [path.name for kind in ("bin", "pt", "pth") for path in self.path.glob(f"*.{kind}")]
+            advice = f"; {others[0]} could run code of its own: convert it" if others else ": get it anew"
+            raise UserError(f"{self.path} has no usable safetensors weights ({error}){advice}.") from error
         if self.config.get("tie_word_embeddings") is True:
             shapes.pop("lm_head.weight", None)  # the embedding again, which some folders hold twice
         return {name: shape for name, shape in shapes.items() if not name.endswith(".rotary_emb.inv_freq")}

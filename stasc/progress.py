@@ -13,6 +13,8 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from stasc.texts import printable
+
 LINE_EVERY = 600
 """Seconds after which a stage that has no bar says how far it is."""
 
@@ -34,7 +36,8 @@ def say(text: str, *, timed: bool = False) -> None:
         timed: Begin with the time of day.
     """
     if speaks():
-        tqdm.write(f"{_clock()}  {text}" if timed else text, file=sys.stdout)
+        text = printable(f"{_clock()}  {text}" if timed else text, keep="\n")
+        tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
 
 

@@ -218,7 +218,7 @@ class Dialogue:
             return self.tokenizer.apply_chat_template(messages, **rendering, **self._options)
         except TemplateError as error:
             raise UserError(f"{template} refuses {what} ({error}): change their roles or order.") from error
-        except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
+        except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
             kind = type(error).__name__
             raise UserError(f"{template} fails on {what} ({kind}: {error}): mend the template.") from error
 

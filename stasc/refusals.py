@@ -45,9 +45,7 @@ def plain_words(error: Exception, arguments: Sequence[str]) -> str:
         arguments: Those of the command, which say whether and from which config the option is.
     """
     refusal = str(error)
-    options = {argument.partition("=")[0] for argument in arguments}
-    sentence = _renamed(refusal) or _not_ours(refusal) or blame(error) or _plain(refusal, arguments)
-    return sentence if options & {"-c", "--config"} else f"{sentence} (no --config FILE was given)"
+    return _renamed(refusal) or _not_ours(refusal) or blame(error) or _plain(refusal, arguments)
 
 
 def _plain(refusal: str, arguments: Sequence[str]) -> str:
@@ -65,6 +63,10 @@ def _plain(refusal: str, arguments: Sequence[str]) -> str:
     own = re.search(r"^\s*- (?!Expected|Problem)(.+)$", refusal, re.MULTILINE)
     if own and (class_path := re.search(r"Given value: Namespace\(class_path='([^']+)'", refusal)):
         return f"{f'{where}: ' if option else ''}{class_path[1]} cannot be used ({own[1].strip()})."
+    if wanted := re.search(r"not correspond to a subclass of (\w+)|an instantiatable class", refusal):
+        given = re.search(r"(?:Import path (?=\S+ does not)|Given value: )(\S+)", refusal)
+        needs = f"a subclass of {wanted[1]}" if wanted[1] else "one without abstract methods"
+        return f"{where}: {given[1] if given else 'this class'} cannot be used: name {needs}."
     if "codec can't decode" in refusal:
         return f"{where}: the file is not UTF-8 text: save it as UTF-8."
     if wanted := re.findall(
@@ -102,6 +104,12 @@ def _kinds(wanted: Sequence[str]) -> list[str]:
 def _short(value: str) -> str:
     value = " ".join(value.split())
     return value if len(value) <= _LONGEST else f"{value[:_LONGEST]}..."
+
+
+def is_given(option: str, arguments: Sequence[str]) -> bool:
+    """Whether an option, or one within it, was typed or is in a config."""
+    typed = any(re.match(rf"--{re.escape(option)}(?![\w])", argument) for argument in arguments)
+    return typed or bool(_origin(option, arguments))
 
 
 def _origin(option: str, arguments: Sequence[str]) -> str:

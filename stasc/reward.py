@@ -52,7 +52,8 @@ def normalize(text: str) -> list[str]:
 
 def _normalizations(text: str) -> Iterator[list[str]]:
     """The normalized words without articles, without lower-case articles, and with all articles."""
-    text = str.translate(text, _ACCENTS)  # raises TypeError if text is no string
+    # In one form of Unicode, which has marks in one order; raises TypeError if text is no string.
+    text = unicodedata.normalize("NFC", text).translate(_ACCENTS)
     yield _words(_ARTICLES.sub(r"\1", text))
     yield _words(_LOWERCASE_ARTICLES.sub(r"\1", text))
     yield _words(text)

@@ -155,6 +155,11 @@ class Rollout:
                     journal.add(requests[i], drawn)
                 tokens += sum(len(draw.token_ids) for draw in draws)
                 progress.update(len(draws), f"{tokens / max(progress.seconds, 1e-9):,.0f} tokens/s")
+        if len(mine) < len(share):
+            name = type(self.sampler).__name__
+            raise UserError(
+                f"the sampler {name} answered {len(mine)} of {len(share)} requests: it must answer them all."
+            )
         for others in processes.from_all_ranks(mine):
             scored |= others
         return [scored[i] for i in range(len(requests))]

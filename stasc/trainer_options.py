@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import StrategyRegistry
 
 from stasc.errors import UserError
@@ -36,6 +35,19 @@ _FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
     "barebones": ((False,), "a run without curves and checkpoints could not go on"),
 }
 """Options that are not for the user to set: the values that they may have, and why no others."""
+
+_CALLBACKS = {
+    "ModelCheckpoint": _FIXED["enable_checkpointing"][1],
+    "OnExceptionCheckpoint": _FIXED["enable_checkpointing"][1],
+    "Timer": _EPOCHS,
+    "GradientAccumulationScheduler": "set trainer.accumulate_grad_batches",
+    "BatchSizeFinder": "set data.batches",
+    "LearningRateFinder": "set model.learning_rate",
+    "StochasticWeightAveraging": "M_n has the weights that training ends with",
+    "WeightAveraging": "M_n has the weights that training ends with",
+    "EMAWeightAveraging": "M_n has the weights that training ends with",
+}
+"""Callbacks of Lightning's that are not for the user to name, and why."""
 
 _LEAST = {"accumulate_grad_batches": 1, "num_nodes": 1, "log_every_n_steps": 0, "gradient_clip_val": 0}
 """The least values of options that are numbers; Lightning takes others without a word."""
@@ -65,11 +77,15 @@ def check_trainer_options(trainer: Mapping[str, Any]) -> None:
             f"trainer.precision is {trainer['precision']}, which rounds small updates away, so that "
             "hardly anything is learnt: use bf16-mixed or 32-true."
         )
-    _check_name(
-        "accelerator", trainer, ["auto", "gpu", *sorted(AcceleratorRegistry.available_accelerators())]
-    )
-    _check_name("strategy", trainer, ["auto", *StrategyRegistry.available_strategies()])
+    _check_name("accelerator", trainer, ["auto", "gpu", "cpu", "cuda", "mps"])
+    _check_name("strategy", trainer, ["auto", "ddp", "fsdp"], StrategyRegistry.available_strategies())
     _check_name("profiler", trainer, ["simple", "advanced", "pytorch"])
+    _check_callbacks(trainer["callbacks"])
+    if trainer["precision"] in ("16-mixed", "16", 16) and not _on_cuda(trainer["accelerator"]):
+        raise UserError(
+            f"trainer.precision is {trainer['precision']}, which a CPU does not have: use bf16-mixed or "
+            "32-true."
+        )
     strategy = trainer["strategy"]
     if isinstance(strategy, Mapping) and strategy.get("init_args", {}).get("state_dict_type") == "sharded":
         raise UserError(
@@ -79,10 +95,26 @@ def check_trainer_options(trainer: Mapping[str, Any]) -> None:
     _check_devices(trainer["accelerator"], trainer["devices"])
 
 
-def _check_name(option: str, trainer: Mapping[str, Any], names: list[str]) -> None:
+def _check_name(
+    option: str, trainer: Mapping[str, Any], names: Sequence[str], others: Sequence[str] = ()
+) -> None:
+    """Raise UserError for a name that is none of ``names``, nor of ``others``, which are not told."""
     value = trainer[option]
-    if isinstance(value, str) and value not in names:
+    if isinstance(value, str) and value not in (*names, *others):
         raise UserError(f"trainer.{option} is '{value}': it must be one of {', '.join(names)}.")
+
+
+def _check_callbacks(option: Any) -> None:
+    """Raise UserError for a callback of Lightning's that would do what the run does in another way."""
+    for callback in option if isinstance(option, list) else [option]:
+        class_path = callback.get("class_path", "") if hasattr(callback, "get") else ""
+        package, _, name = class_path.rpartition(".")
+        if package.startswith("lightning") and name in _CALLBACKS:
+            raise UserError(f"trainer.callbacks has {name}, which has no place here: {_CALLBACKS[name]}.")
+
+
+def _on_cuda(accelerator: Any) -> bool:
+    return torch.cuda.device_count() > 0 and accelerator in ("auto", "gpu", "cuda")
 
 
 def _check_devices(accelerator: Any, devices: Any) -> None:
@@ -93,7 +125,7 @@ def _check_devices(accelerator: Any, devices: Any) -> None:
             "trainer.accelerator asks for a GPU and this machine has none that torch can use: "
             "set --trainer.accelerator cpu, --trainer.devices and --trainer.strategy."
         )
-    on_cuda = cuda > 0 and accelerator in ("auto", "gpu", "cuda")
+    on_cuda = _on_cuda(accelerator)
     there = cuda if on_cuda else os.cpu_count() or 1
     if str(devices) == "0" or (accelerator == "cpu" and str(devices).startswith("-")):
         raise UserError(f"trainer.devices is {devices}: give the number of devices, 1 or more.")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import sysconfig
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 
 from stasc.house import HOUSE
 
@@ -30,8 +31,28 @@ def blame(error: BaseException) -> str | None:
             return (
                 f"{code.co_qualname} of yours failed{notes} ({reason}): see {code.co_filename}, line {line}."
             )
+        if isinstance(link, SyntaxError) and "null bytes" in link.msg:  # Python does not say in which
+            return "a Python file of yours has zero bytes in it: write it anew."
         if isinstance(link, SyntaxError) and link.filename and _is_users_file(link.filename):
             return f"{link.filename}, line {link.lineno}: this is not Python ({link.msg})."
+        if isinstance(link, TypeError) and (code := _called_wrongly(str(link))):
+            return (
+                f"{code.co_qualname} of yours does not take what it is given ({link}): see "
+                f"{code.co_filename}, line {code.co_firstlineno}."
+            )
+    return None
+
+
+def _called_wrongly(refusal: str) -> CodeType | None:
+    """The user's function that Python says has other arguments; None if it says something else."""
+    called = re.match(r"([\w.]+)\(\) (?:takes|missing|got)", refusal)
+    for module in list(sys.modules.values()) if called else ():
+        if _is_users_file(getattr(module, "__file__", None) or "<"):
+            found = module
+            for name in called[1].split("."):
+                found = getattr(found, "__dict__", {}).get(name)  # some modules make up whatever is asked for
+            if code := getattr(found, "__code__", None):
+                return code
     return None
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from stasc.ending import end_after_mistakes
 from stasc.report.command import main
 from stasc.run import Run, SystemRecord, write_json, write_lines
 from stasc.trajectory import Answer, Question, Trajectory, to_json
@@ -131,7 +132,8 @@ def change_system(folder: Path, **fields: Any) -> None:
 
 
 def report(*arguments: object) -> None:
-    main([str(argument) for argument in arguments])
+    with end_after_mistakes():
+        main([str(argument) for argument in arguments])
 
 
 def failure(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:

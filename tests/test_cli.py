@@ -77,6 +77,7 @@ def jsonl(path, *rows: object):
             "algorithm.variant cannot be XYZ: it must be one of 'FIF', 'FIE', 'FNF', 'FNE', 'EIF', 'EIE'",
         ),
         ("algorithm.n_init", 0, "algorithm.n_init is 0: it must be 1 or more"),
+        ("algorithm.n_init", 10**12, "algorithm.n_init is 1000000000000: it must be 1,000,000 or less"),
         ("algorithm.n_int", 3, "Option 'n_int' is not accepted"),
         ("algorithm", "null", "algorithm: "),
         ("data.batches.size", 0, "data.batches.size is 0"),
@@ -129,6 +130,16 @@ def jsonl(path, *rows: object):
             "trainer.gradient_clip_val cannot be nan: it must be a number or",
         ),
         ("trainer.gradient_clip_val", ".nan", "trainer.gradient_clip_val is nan"),
+        (
+            "trainer.accumulate_grad_batches",
+            17,
+            "accumulate_grad_batches is 17, and data.batches.size 16, so that batches would have no",
+        ),
+        (
+            "data.batches.token_budget",
+            50,
+            "token_budget is 50, and a prompt of training question",
+        ),
         ("trainer.accumulate_grad_batches", 0, "trainer.accumulate_grad_batches is 0: it must be 1 or more"),
         ("trainer.devices", 0, "trainer.devices is 0: give the number of devices, 1 or more"),
         (
@@ -140,6 +151,23 @@ def jsonl(path, *rows: object):
             "trainer.accelerator",
             "abacus",
             "trainer.accelerator is 'abacus': it must be one of auto, gpu, cpu",
+        ),
+        ("trainer.accelerator", "tpu", "trainer.accelerator is 'tpu': it must be one of"),
+        ("trainer.precision", "16-mixed", "trainer.precision is 16-mixed, which a CPU does not have: use"),
+        (
+            "trainer.callbacks",
+            "ModelCheckpoint",
+            "trainer.callbacks has ModelCheckpoint, which has no place here: a run that was killed goes on",
+        ),
+        (
+            "trainer.callbacks",
+            "{class_path: GradientAccumulationScheduler, init_args: {scheduling: {0: 2}}}",
+            "has no place here: set trainer.accumulate_grad_batches",
+        ),
+        (
+            "trainer.logger",
+            "{class_path: CSVLogger, init_args: {name: 'https://me:sesame@host/x'}}",
+            "has a password or token, which would stand in config.yaml: leave it out",
         ),
         ("trainer.precision", "half", "trainer.precision cannot be half: it must be one of '"),
         ("trainer.logger", "no.Logger", "trainer.logger: no.Logger cannot be used (No module named 'no')"),
@@ -158,6 +186,18 @@ def jsonl(path, *rows: object):
         ("seed_everything", -1, "seed_everything is -1: it must be a number from 0 to 4294967295"),
         ("seed_everything", "true", "seed_everything is True: it must be a number"),
         ("run_dir", "", "run_dir is empty: name a folder"),
+        ("run_dir", "ru\x1b[2Jn\0", "run_dir has a zero byte at place 8: remove it"),
+        ("reuse", "", "reuse is empty: name a folder, or leave it out"),
+        ("data.output", " ", "data.output is empty: name a file, or leave it out"),
+        ("data.evaluation.marker", "", "data.evaluation.marker is blank: give a text, or null for none"),
+        ("data.reward", "stasc.reward.Reward", "data.reward is stasc.reward.Reward, which judges nothing"),
+        (
+            "data.reward",
+            "users_mistakes.AsksNothing",
+            "AsksNothing cannot be used: name a subclass",
+        ),
+        ("data.train", "data.QuestionSource", "QuestionSource cannot be used: name one without abstract"),
+        ("config", "/dev/zero", "the config /dev/zero has more than 16,777,216 bytes: name a YAML file"),
         ("run_dir", "/dev/null", "run_dir is /dev/null, which is a file"),
         ("run_dir", "/proc/nowhere", "run_dir /proc/nowhere cannot be written to"),
         ("ckpt_path", "last.ckpt", "ckpt_path is not for you to set"),
@@ -265,6 +305,21 @@ def test_a_prompt_that_is_there_twice_is_refused(refused, tmp_path):
         ),
         (
             "data.train",
+            "users_mistakes.ExitsInLoad",
+            "ExitsInLoad.load of yours failed (SystemExit: 0)",
+        ),
+        (
+            "data.train",
+            "users_mistakes.GivesAZeroByte",
+            "GivesAZeroByte.load, question 1: its text has a zero byte at place 4: remove it",
+        ),
+        (
+            "algorithm",
+            "users_mistakes.AsksNothing",
+            "AsksNothing.turns gave (): it must give a tuple of stasc.algorithm.Turn",
+        ),
+        (
+            "data.train",
             "users_mistakes.GivesTuples",
             "data.train: GivesTuples.load, question 2: this is a tuple",
         ),
@@ -314,6 +369,7 @@ def test_a_mistake_in_the_users_own_code_is_named(refused, option, class_path, s
             [{**GOOD, "question": "why " * 4000}],
             "data.train, question '1': its initial prompt and the answers can need",
         ),
+        ([{**GOOD, "references": ["m\0"]}], "questions.jsonl, line 1: 'references' has a zero byte"),
     ],
 )
 def test_a_mistake_in_the_questions_is_named(refused, tmp_path, rows, sentence):
@@ -408,22 +464,76 @@ def test_a_config_by_a_name_that_there_is_not(refused):
     )
 
 
-def test_an_error_in_a_users_reward_is_named_and_its_traceback_is_in_a_file(capsys, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("option", "name", "sentence"),
+    [
+        ("data.reward", "RaisesInScore", "RaisesInScore.score of yours failed, on an answer to question '"),
+        ("data.reward", "ExitsInScore", "ExitsInScore.score of yours failed (SystemExit: 0)"),
+        ("data.reward", "TakesTooLittle", "TakesTooLittle.score of yours does not take what it is given"),
+        ("algorithm", "SelectsNothing", "SelectsNothing.select gave None: it must give examples"),
+        ("sampler", "LeavesOneOut", "the sampler LeavesOneOut answered 1 of 2 requests"),
+        (
+            "trainer.callbacks",
+            "EarlyStopping",
+            "EarlyStopping of trainer.callbacks failed (RuntimeError",
+        ),
+    ],
+)
+def test_an_error_in_what_a_user_named_is_told_and_its_traceback_is_in_a_file(
+    capsys, monkeypatch, tmp_path, option, name, sentence
+):
     options = ["--config", ROOT / "configs/quickstart.yaml", "--model.base", tiny_model(tmp_path / "model")]
     options += ["--sampler", "TransformersSampler", "--data.train.size", 2, "--data.test.size", 2]
-    options += ["--run_dir", tmp_path / "run", "--data.reward", "users_mistakes.RaisesInScore"]
-    monkeypatch.setattr(sys, "argv", ["stasc", "fit", *map(str, options)])
+    options += ["--data.sampling.max_tokens", 4, "--data.evaluation.sampling.max_tokens", 4]
+    if name == "EarlyStopping":
+        options += ["--trainer.callbacks", "{class_path: EarlyStopping, init_args: {monitor: nothing}}"]
+    else:
+        options += [f"--{option}", f"users_mistakes.{name}"]
+    monkeypatch.setattr(sys, "argv", ["stasc", "fit", *map(str, options), "--run_dir", str(tmp_path / "run")])
     with pytest.raises(SystemExit) as end:
         main()
     assert end.value.code == 2
-    sentence = capsys.readouterr().err
-    assert sentence.count("\n") == 1
-    assert "RaisesInScore.score of yours failed, on an answer to question '" in sentence
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("stasc: ")
+    assert sentence in told
     log = tmp_path / "run/error-0.log"
-    assert sentence.endswith(f"The whole traceback is in {log}.\n")
-    assert log.read_text().endswith(
-        "KeyError: 'score'\non an answer to question '" + sentence.split("'")[1] + "'\n"
-    )
+    assert log.is_file() == told.endswith(f"The whole traceback is in {log}.")
+    if name == "RaisesInScore":
+        question = told.split("'")[1]
+        assert log.read_text().endswith(f"KeyError: 'score'\non an answer to question '{question}'\n")
+
+
+@pytest.mark.parametrize(("output", "status"), [("/dev/full", 2), ("a reader that went away", 141)])
+def test_standard_output_that_cannot_be_written(output, status):
+    with Path("/dev/full").open("w") as full:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "stasc", "--help"],
+            cwd=ROOT,
+            stdout=full if output == "/dev/full" else subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    if process.stdout:
+        process.stdout.close()
+    error = process.stderr.read()
+    assert process.wait() == status
+    full = "stasc: standard output cannot be written (No space left on device): see to that.\n"
+    assert error == (full if status == 2 else "")
+
+
+@pytest.mark.parametrize("place", ["/proc/nowhere/out.jsonl", "/dev/null/out.jsonl"])
+def test_an_output_that_cannot_be_written_is_found_before_anything_is_sampled(refused, tmp_path, place):
+    questions = jsonl(tmp_path / "questions.jsonl", {"question": "Who?"})
+    predict = ("--data.predict", "data.QuestionFile", "--data.predict.path", questions)
+    sentence = refused(*predict, "--data.output", place, command="predict")
+    assert f"{place} cannot be written (" in sentence
+
+
+def test_metrics_are_not_overwritten(refused):
+    refused.run_dir.mkdir()
+    (refused.run_dir / "test.metrics.json").write_text("mine")
+    assert "test.metrics.json exists: choose another --data.output" in refused(command="test")
+    assert (refused.run_dir / "test.metrics.json").read_text() == "mine"
 
 
 def test_validate_without_questions_is_refused(refused):

@@ -121,6 +121,24 @@ def test_predict_takes_prompts_and_sampling_from_the_model_unless_the_config_has
         assert row["initial_answer"].startswith(short["initial_answer"].rstrip("\ufffd"))
 
 
+def test_code_that_a_model_names_is_not_run_unless_the_user_names_it(predicted, tmp_path, monkeypatch, capfd):
+    model = tiny_model(tmp_path / "model")
+    replace(MANUAL, answer={"class_path": "of_a_stranger.Answer"}).write(model)
+    stranger = "open('ran', 'w')\nfrom stasc.answers import LastLine\nclass Answer(LastLine): pass\n"
+    (model / "of_a_stranger.py").write_text(stranger)
+    monkeypatch.chdir(model)
+    monkeypatch.syspath_prepend(model)
+    with pytest.raises(SystemExit, match="2"):
+        predicted(Path())
+    assert (
+        "stasc.yaml of . names of_a_stranger.Answer as data.answer, which is code that"
+        in capfd.readouterr().err
+    )
+    assert not Path("ran").exists()
+    assert len(predicted(Path(), "--data.answer", "of_a_stranger.Answer")) == 2
+    assert Path("ran").exists()
+
+
 @pytest.mark.parametrize("command", ["test", "predict"])
 def test_prompts_that_neither_the_config_nor_the_model_has_are_missed(tmp_path, monkeypatch, capfd, command):
     model = tiny_model(tmp_path / "model")

@@ -42,9 +42,11 @@ def fit(tmp_path, monkeypatch):
 
 
 def test_the_licence_is_that_of_the_base_and_local_folders_are_not_told(fit, tmp_path, monkeypatch, capfd):
-    folder = fit(card="---\nlicense: other\nlicense_name: mine\nlicense_link: LICENSE\n---\n# Mine\n")
+    folder = fit(card="---\nlicense: other\nlicense_name: mine\nlicense_link: <b>|LICENSE\n---\n# Mine\n")
     card = ModelCard.load(folder / "README.md")
-    assert (card.data.license, card.data.license_name, card.data.license_link) == ("other", "mine", "LICENSE")
+    licence = (card.data.license, card.data.license_name, card.data.license_link)
+    assert licence == ("other", "mine", "<b>|LICENSE")
+    assert "| licence | other, mine, &#60;b&#62;&#124;LICENSE |" in card.text
     assert card.data.base_model is None, "it is no id of the hub"
     assert str(tmp_path) not in card.content
     assert "| base model | my base |" in card.text

@@ -2,7 +2,9 @@
 
 import json
 import os
+import pickle
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -145,6 +147,49 @@ def test_damaged_weights_are_refused(folder, damage):
         path.with_name("model.safetensors.index.json").write_text("{}")
     with pytest.raises(UserError, match="has no usable safetensors weights"):
         folder.tensor_shapes()
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt"])
+def test_weights_that_could_run_code_are_refused_and_not_read(folder, name):
+    class Strange:
+        def __reduce__(self):
+            return Path(folder.path / "ran").touch, ()
+
+    (folder.path / "model.safetensors").unlink()
+    (folder.path / name).write_bytes(pickle.dumps(Strange()))
+    with pytest.raises(UserError, match=rf"has no usable safetensors weights .*; {name} could run code"):
+        folder.tensor_shapes()
+    assert not (folder.path / "ran").exists()
+
+
+def test_code_of_a_model_is_refused_at_once_and_not_run(folder):
+    (folder.path / "strange.py").write_text(f"open({str(folder.path / 'ran')!r}, 'w')\n")
+    tokenizer = {"tokenizer_class": "Strange", "auto_map": {"AutoTokenizer": ["strange.Strange", None]}}
+    (folder.path / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    with suppress(UserError):
+        folder.tokenizer()  # transformers may know a tokenizer for the architecture
+    code = {"AutoConfig": "strange.Strange", "AutoModelForCausalLM": "strange.Strange"}
+    change_config(folder, model_type="strange", auto_map=code)
+    with pytest.raises(UserError, match=r"is read by Python code of its own \(auto_map\)"):
+        folder.model_config()
+    assert not (folder.path / "ran").exists()
+
+
+def test_a_folder_that_leads_to_other_files_is_refused(folder):
+    index = folder.path / "model.safetensors.index.json"
+    for name in ("../model/model.safetensors", str(folder.path / "model.safetensors")):
+        index.write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+        with pytest.raises(UserError, match=r"index\.json names .*, which is no file of this folder"):
+            folder.tensor_shapes()
+    (folder.path / "adapter_config.json").write_text('{"base_model_name_or_path": "nobody/nothing"}')
+    with pytest.raises(UserError, match=r"has an adapter_config\.json, so it is an adapter"):
+        folder.model_config()
+
+
+def test_quantised_weights_are_refused(folder):
+    change_config(folder, quantization_config={"quant_method": "gptq"})
+    with pytest.raises(UserError, match="quantised weights cannot learn: choose the model that"):
+        folder.model_config()
 
 
 def test_other_tensors_are_named(folder):

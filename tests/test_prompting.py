@@ -173,3 +173,19 @@ def test_the_papers_prompts_are_two_shot_for_corrections_only():
     text = tokenizer.decode(correction_prompt(Dialogue(tokenizer, prompts), "who?", "me"))
     assert text.count("Write a correction if the initial answer is incorrect.</turn>") == 3
     assert "Final Answer: Ellen Page (now Elliot Page)</turn>" in text
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ ''.__class__.__mro__ }}", "is unsafe"),
+        ("{{ messages.append(1) }}", "unsafe"),
+        ("{% include '/etc/passwd' %}", "no loader"),
+        ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "recursion"),
+    ],
+)
+def test_a_template_reaches_nothing_but_its_messages(template, reason):
+    tokenizer = tiny_tokenizer("qwen2")
+    tokenizer.chat_template = template
+    with pytest.raises(UserError, match=f"the chat template of .* on? .*{reason}|refuses .*{reason}"):
+        Dialogue(tokenizer, PROMPTS)

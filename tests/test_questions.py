@@ -110,8 +110,10 @@ def test_a_local_data_set_loads_like_one_from_the_hub(tmp_path, monkeypatch, wri
     folder = tmp_path / "user" / "name"
     folder.mkdir(parents=True)
     (folder / "test.jsonl").write_text("\n".join(json.dumps({**row, "answers": ["x"]}) for row in ROWS))
+    (folder / "name.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")  # once a way to load a data set
     source = QuestionFile("user/name", split="test[:1]", **COLUMNS)
     assert source.load() == [Question("7", "Who?", ("x",))]
+    assert not (tmp_path / "ran").exists()
 
 
 def test_demo_splits_differ():

@@ -450,13 +450,14 @@ def test_the_worker_does_not_look_into_the_users_folder(monkeypatch, tmp_path):
 def test_environment_of_the_worker(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("HF_TOKEN", "sesame")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert vllm_module._environment(torch.device("cuda", 1))["CUDA_VISIBLE_DEVICES"] == "1"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, GPU-7")
     environment = vllm_module._environment(torch.device("cuda", 1))
     assert environment["CUDA_VISIBLE_DEVICES"] == "GPU-7"
     assert environment["TRITON_F32_DEFAULT"] == "ieee"
-    assert not {"RANK", "MASTER_ADDR"} & environment.keys()
+    assert not {"RANK", "MASTER_ADDR", "HF_TOKEN"} & environment.keys()
 
 
 def test_the_config_overrides_the_environment(models, monkeypatch):

@@ -1,10 +1,13 @@
 """What users bring along and is wrong."""
 
+import sys
+
 from lightning.pytorch import Callback
 
 from data import QuestionSource
 from stasc.algorithm import STaSC
 from stasc.reward import Reward
+from stasc.sampling import TransformersSampler
 from stasc.trajectory import Question
 
 GOOD = Question("1", "Who?", ("Ann",))
@@ -18,6 +21,11 @@ class RaisesInLoad(QuestionSource):
 class RaisesInInit(RaisesInLoad):
     def __init__(self) -> None:
         self.size = {}["size"]
+
+
+class ExitsInLoad(QuestionSource):
+    def load(self, *, with_references: bool = True):
+        sys.exit(0)
 
 
 class GivesTuples(QuestionSource):
@@ -45,6 +53,15 @@ class GivesHalfACharacter(QuestionSource):
         return [Question("1", "Who? \ud83d", ("Ann",))]
 
 
+class GivesAZeroByte(QuestionSource):
+    def load(self, *, with_references: bool = True):
+        return [Question("1", "Who\0?", ("Ann",))]
+
+
+class AsksNothing(STaSC):
+    turns = ()
+
+
 class NamesNoModel(STaSC):
     def initial_model(self, n: int):
         return None
@@ -58,3 +75,23 @@ class RaisesAtOnce(Callback):
 class RaisesInScore(Reward):
     def score(self, prediction, references):
         return {}["score"]
+
+
+class ExitsInScore(Reward):
+    def score(self, prediction, references):
+        sys.exit(0)
+
+
+class TakesTooLittle(Reward):
+    def score(self, prediction):
+        return 1.0
+
+
+class SelectsNothing(STaSC):
+    def select(self, n, trajectories):
+        return None
+
+
+class LeavesOneOut(TransformersSampler):
+    def sample(self, requests, sampling, stop_ids):
+        return list(super().sample(requests, sampling, stop_ids))[1:]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,7 +56,11 @@ class _Parser(ArgumentParser):
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Write the report; a user's mistake ends in one sentence on standard error and status 2."""
+    """Write the report.
+
+    Raises:
+        UserError: An argument is wrong, or see ``report``.
+    """
     parser = _Parser("python -m stasc report", description="Tables, figures and a page from run folders.")
     parser.add_argument(
         "runs", nargs="+", type=Path, metavar="RUN", help="run folder, or folder with runs in it"
@@ -73,17 +76,13 @@ def main(arguments: Sequence[str]) -> None:
         metavar="K",
         help="on the page for each run, iteration, split and transition, at most (default: %(default)s)",
     )
-    try:
-        options = parser.parse_args(arguments)
-        if options.out == Path():
-            raise UserError("--out is empty, or this folder: name a folder for the report.")
-        if options.trajectories < 0:
-            raise UserError(f"--trajectories is {options.trajectories}: it must be 0 or more.")
-        for line in report(options.runs, options.out, options.paper, options.trajectories):
-            print(line)
-    except UserError as mistake:
-        print(f"stasc: {' '.join(str(mistake).split())}", file=sys.stderr)
-        sys.exit(2)
+    options = parser.parse_args(arguments)
+    if options.out == Path():
+        raise UserError("--out is empty, or this folder: name a folder for the report.")
+    if options.trajectories < 0:
+        raise UserError(f"--trajectories is {options.trajectories}: it must be 0 or more.")
+    for line in report(options.runs, options.out, options.paper, options.trajectories):
+        print(line)
 
 
 def report(places: Sequence[Path], out: Path, paper: Path | None, at_most: int) -> list[str]:

@@ -8,9 +8,10 @@ from pathlib import Path
 import pandas as pd
 
 from stasc.errors import UserError
-from stasc.report.runs import Point, RunResult, printable
+from stasc.report.runs import Point, RunResult
 from stasc.report.systems import BASE, SIZES
 from stasc.run import SystemRecord
+from stasc.texts import printable
 
 _CURVE = ["model", "variant", "N_init", "N_corr"]
 _VALUES = ["init_test", "corr_test", "n_filtered"]

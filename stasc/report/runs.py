@@ -16,6 +16,7 @@ from typing import Any
 
 from stasc.errors import UserError
 from stasc.run import Run, SystemRecord, flatten
+from stasc.texts import printable
 from stasc.trajectory import TRANSITIONS, Question, Trajectory, from_json
 
 _FURTHER = re.compile(r"greedy\.r[12]|samples\.(k|(pass|majority)_r[12])|rounds\.r\d+")
@@ -212,8 +213,3 @@ def _number(metrics: dict[str, Any], name: str, path: Path) -> float:
     if not isinstance(value, int | float) or not math.isfinite(value):
         raise UserError(f"{path} has no number {name}: the file was changed or cut.")
     return value
-
-
-def printable(text: str) -> str:
-    """A text of one line that every file format can hold: control characters become a question mark."""
-    return "".join(char if char.isprintable() else "?" for char in text)

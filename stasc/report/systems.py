@@ -13,9 +13,10 @@ import pandas as pd
 
 from stasc.algorithm import VARIANTS
 from stasc.errors import UserError
-from stasc.report.runs import RunResult, printable
+from stasc.report.runs import RunResult
 from stasc.report.table import to_frame
 from stasc.run import SystemRecord
+from stasc.texts import printable
 from stasc.trajectory import TRANSITIONS, Question
 
 BASE = "model.base"

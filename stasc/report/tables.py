@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 import pandas as pd
 
-from stasc.report.runs import RunResult, printable
+from stasc.report.runs import RunResult
 from stasc.report.systems import Panel, System, compared, grid
 from stasc.report.table import UNKNOWN, Column, Row, Table, interval, number, to_frame
 from stasc.run import Run
@@ -28,6 +28,7 @@ from stasc.statistics import (
     paired_test,
     standard_error,
 )
+from stasc.texts import printable
 
 TURNS = {"r1": "r(Y1)", "r2": "r(Y2)"}
 _LONGEST_VALUE = 100

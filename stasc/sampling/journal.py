@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Sequence
 from operator import index
@@ -66,8 +67,15 @@ class Journal:
         with naming(self.path):
             if self._file is None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = self.path.open("ab", buffering=0)
+                self._file = self.path.open("a+b", buffering=0)
+                if self._file.tell() and self._end() != b"\n":
+                    self._file.write(b"\n")  # after a line that a kill has cut
             self._file.write(f"{json.dumps([self._key(request), draws])}\n".encode())
+
+    def _end(self) -> bytes:
+        """The last byte of its file."""
+        self._file.seek(-1, os.SEEK_END)
+        return self._file.read(1)
 
     def _key(self, request: Request) -> str:
         """A digest of all that the draws of a request follow from; how many there are is not part of it."""

@@ -34,6 +34,7 @@ _logger = logging.getLogger(__name__)
 # Variables that a launcher sets for the training process, and that vLLM would apply to itself.
 _REMOVED_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_", "ROLE_")
 _REMOVED_VARIABLES += ("MASTER_", "TORCHELASTIC_", "LD_PRELOAD", "VLLM_CPU_KVCACHE_SPACE")
+_REMOVED_VARIABLES += ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")  # it works offline
 
 
 class EngineDied(RuntimeError):
