@@ -67,8 +67,8 @@ def paper_prompts() -> Prompts:
     return {name: [Message(**message) for message in texts[name]] for name in texts}
 
 
-def random_model(folder: Path, hidden: int, layers: int, heads: int) -> Path:
-    """A random Qwen2 whose tokenizer cuts the paper's prompts into about as many tokens as Qwen2.5's."""
+def paper_tokenizer() -> Qwen2Tokenizer:
+    """One that cuts the paper's prompts into about as many tokens as Qwen2.5's."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     prompts = paper_prompts()
@@ -81,7 +81,7 @@ def random_model(folder: Path, hidden: int, layers: int, heads: int) -> Path:
         ),
     )
     learnt = json.loads(bpe.to_str())["model"]
-    tokenizer = Qwen2Tokenizer(
+    return Qwen2Tokenizer(
         vocab=learnt["vocab"],
         merges=[tuple(merge) for merge in learnt["merges"]],
         unk_token=None,
@@ -90,6 +90,11 @@ def random_model(folder: Path, hidden: int, layers: int, heads: int) -> Path:
         extra_special_tokens=["<|im_start|>"],
         chat_template=TEMPLATE,
     )
+
+
+def random_model(folder: Path, hidden: int, layers: int, heads: int) -> Path:
+    """A random Qwen2 with the tokenizer for the paper's prompts."""
+    tokenizer = paper_tokenizer()
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=hidden,

@@ -8,15 +8,17 @@ TRL is no part of this project: PYTHON is the interpreter of an environment that
     trl-env/bin/pip install torch==2.13.0 transformers==5.19.0 trl==1.16.0 accelerate datasets
 
 All ways train the same random Qwen2 on the same corrections in float32, each in a process of its own (see
-trainers.py), and take turns step by step. A step is all that lies between two of them: making the batch,
-forward, backward, clipping, AdamW and logging. If the losses of a step differ, the benchmark fails.
+trainers.py), and take turns step by step; a way that does not run is left out and named. A step is all that
+lies between two of them: making the batch, forward, backward, clipping, AdamW and logging. If the losses of a
+step differ, the benchmark fails.
 
 On a CPU one model has a second race, in which the C library keeps the memory that is freed. By default it
 returns large pieces at once and asks for them again in the next step, which can take longer than to compute,
 above all on virtual machines: the second race tells how much of a ratio is due to that.
 
-With CUDA it does so in bf16-mixed at the shape of Qwen2.5-1.5B, and adds the model FLOP utilisation. That has
-not been run yet.
+With CUDA it does so in bf16-mixed at the shape of Qwen2.5-1.5B, one way after another, as several do not fit
+into the GPU. There are two more ways, FlexAttention and FSDP on one device, and the model FLOP utilisation.
+That has not been run yet.
 """
 
 from __future__ import annotations
@@ -34,7 +36,18 @@ from typing import Any, NamedTuple
 import torch
 from common import ENVIRONMENT, ROOT, machine, publish, spread, table
 from tokenizers import Tokenizer, models
-from trainers import CUDA, PADDED, SETTINGS, SHARING, TRL_DEFAULTS, TRL_LABELLED, TRL_STORING, corrections
+from trainers import (
+    CUDA,
+    FLEX,
+    FSDP,
+    PADDED,
+    SETTINGS,
+    SHARING,
+    TRL_DEFAULTS,
+    TRL_LABELLED,
+    TRL_STORING,
+    corrections,
+)
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
@@ -75,8 +88,16 @@ LARGE = Shape("embedding to layers as in Qwen2.5-1.5B", 24_000, 768, 12, 3072, 1
 FULL = Shape("Qwen2.5-1.5B", 151_936, 1536, 28, 8960, 12, 2)
 
 
+class DoesNotRun(Exception):
+    """A way to train ended; this is the last that it said."""
+
+
 class Contender:
-    """A way to train, in a process of its own."""
+    """A way to train, in a process of its own.
+
+    Raises:
+        DoesNotRun: It has ended, also later, in ``step``.
+    """
 
     def __init__(
         self, python: str, way: str, model: Path, steps: int, *, grouped: bool, keeping: bool
@@ -102,13 +123,16 @@ class Contender:
         self._process.communicate()
 
     def _answer(self) -> dict[str, Any]:
-        line = self._process.stdout.readline()
-        return json.loads(line) if line else sys.exit(f"a contender died:\n{self._log.read_text()[-3000:]}")
+        if line := self._process.stdout.readline():
+            return json.loads(line)
+        said = self._log.read_text().strip()
+        print(said[-3000:], file=sys.stderr, flush=True)
+        raise DoesNotRun(said.rpartition("\n")[2][:200])
 
 
-def random_model(shape: Shape, folder: Path) -> tuple[int, int]:
-    """Write a model; gives the number of weights in its layers, and in its embedding, which is tied."""
-    config = Qwen2Config(
+def config_of(shape: Shape) -> Qwen2Config:
+    """The config of a Qwen2 of this shape."""
+    return Qwen2Config(
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
@@ -119,8 +143,12 @@ def random_model(shape: Shape, folder: Path) -> tuple[int, int]:
         tie_word_embeddings=True,
         dtype="float32",
     )
+
+
+def random_model(shape: Shape, folder: Path) -> tuple[int, int]:
+    """Write a model; gives the number of weights in its layers, and in its embedding, which is tied."""
     torch.manual_seed(0)
-    model = Qwen2ForCausalLM(config)
+    model = Qwen2ForCausalLM(config_of(shape))
     model.save_pretrained(folder)
     # The data are token ids, but TRL asks for a tokenizer.
     words = Tokenizer(models.WordLevel({"<pad>": 0}, unk_token="<pad>"))
@@ -132,8 +160,10 @@ def random_model(shape: Shape, folder: Path) -> tuple[int, int]:
 
 def race(
     pythons: dict[str, str], model: Path, commands: list[str], *, grouped: bool, keeping: bool
-) -> tuple[Taken, str]:
-    """The same steps of every way, and the versions of TRL's packages; leaves if the losses of one differ.
+) -> tuple[Taken, str, list[str]]:
+    """The same steps of every way, the versions of TRL's packages, and the ways that do not run.
+
+    Leaves if the losses of a step differ.
 
     Args:
         pythons: The ways, and the interpreter of each.
@@ -143,33 +173,46 @@ def race(
         keeping: Whether processes keep the memory that they have freed.
     """
     ways, options = list(pythons), {"grouped": grouped, "keeping": keeping}
-    field = {way: Contender(pythons[way], way, model, len(commands), **options) for way in ways}
-    taken: Taken = {way: [] for way in ways}
-    for number, command in enumerate(commands):
-        turn = number % len(ways)  # who begins changes
-        for way in ways[turn:] + ways[:turn]:
-            taken[way].append(field[way].step(command))
-        losses = {way: taken[way][number]["loss"] for way in ways}
+    taken: Taken = {}
+    versions, left_out = "", []
+    for together in [[way] for way in ways] if CUDA else [ways]:
+        field: dict[str, Contender] = {}
+        for number, command in enumerate(["start", *commands]):
+            turn = number % len(together)  # who begins changes
+            for way in together[turn:] + together[:turn]:
+                try:
+                    if command == "start":
+                        field[way] = Contender(pythons[way], way, model, len(commands), **options)
+                        taken[way], versions = [], field[way].versions or versions
+                    elif way in field:
+                        taken[way].append(field[way].step(command))
+                except DoesNotRun as end:
+                    left_out.append(f"{way} did not run ({end}).")
+                    field.pop(way, None), taken.pop(way, None)
+            seconds = {way: round(taken[way][-1]["seconds"], 2) for way in field if taken[way]}
+            print(f"({command} {number}: {seconds})", file=sys.stderr, flush=True)
+        for contender in field.values():
+            contender.close()
+    if SHARING not in taken:
+        sys.exit(f"There is nothing to compare with: {' '.join(left_out)}")
+    for number in range(len(commands)):
+        losses = {way: steps[number]["loss"] for way, steps in taken.items()}
         if max(losses.values()) - min(losses.values()) > TOLERANCE * losses[SHARING]:
             sys.exit(f"The losses of step {number} differ: {losses}.")
-        seconds = {way: round(taken[way][number]["seconds"], 2) for way in ways}
-        print(f"({command} {number}: {seconds})", file=sys.stderr, flush=True)
-    for contender in field.values():
-        contender.close()
-    return taken, field[ways[-1]].versions or ""
+    return taken, versions, left_out
 
 
 def section(shape: Shape, pythons: dict[str, str], options: argparse.Namespace, *, keeping: bool) -> str:
     """The text on a model of this shape: all ways on a shuffled D_n, and our own on a grouped one."""
     commands = ["step"] * (WARM_UP + options.repeats) + ["profile"] * options.profile
     ours = {way: python for way, python in pythons.items() if way not in SETTINGS}
-    rows, profiles, versions, ends, apart = [], [], "", [], 0.0
+    rows, profiles, versions, ends, apart, left_out = [], [], "", [], 0.0, []
     with tempfile.TemporaryDirectory() as name:
         model = Path(name) / "model"
         weights = random_model(shape, model)
         for grouped, field in ((False, pythons), (True, ours)):
-            taken, found = race(field, model, commands, grouped=grouped, keeping=keeping)
-            versions = versions or found
+            taken, found, not_run = race(field, model, commands, grouped=grouped, keeping=keeping)
+            versions, left_out = versions or found, left_out + not_run
             title = "grouped" if grouped else "shuffled"
             rows += measured(title, taken, shape, weights, options, grouped=grouped, keeping=keeping)
             profiles += [[title, way, _largest(steps[-1]["operators"])] for way, steps in taken.items()]
@@ -184,6 +227,8 @@ def section(shape: Shape, pythons: dict[str, str], options: argparse.Namespace, 
         f"In no step are the losses of two ways further apart than {apart:.0e} of them: they went from "
         f"{ends[0]:.4f} to {ends[1]:.4f} (shuffled) and from {ends[2]:.4f} to {ends[3]:.4f} (grouped).\n"
     )
+    if left_out:
+        text += f"\n{' '.join(left_out)}\n"
     if options.profile:
         text += f"\n{table(('D_n', 'way', 'time within operators, of one more step'), profiles)}\n"
     return f"{text}\nTRL's environment: {versions}.\n" if versions else text
@@ -203,7 +248,7 @@ def measured(
     steps = range(WARM_UP, WARM_UP + options.repeats)
     rows = []
     for way, found in taken.items():
-        batches = corrections(shape.vocabulary, sharing=way == SHARING, grouped=grouped)
+        batches = corrections(shape.vocabulary, way, grouped=grouped)
         learnt = median(sum(len(example.target) for example in batches.examples(step)) for step in steps)
         tokens = median(batches[step].input_ids.numel() for step in steps)
         seconds = [found[step]["seconds"] for step in steps]
@@ -248,7 +293,7 @@ def main() -> None:
     if options.quick:
         races = [(TINY, everyone, False), (TINY, keeping, True)]
     elif CUDA:  # where TRL computes logits at labels alone anyway
-        races = [(FULL, without(TRL_LABELLED), False)]
+        races = [(FULL, without(TRL_LABELLED) | dict.fromkeys((FLEX, FSDP), sys.executable), False)]
     else:
         larger = without(TRL_STORING, TRL_LABELLED)
         races = [(SMALL, everyone, False), (SMALL, keeping, True), (LARGE, larger, False)]

@@ -26,6 +26,8 @@ from stasc.trajectory import Answer, Example, Question, Trajectory
 
 CUDA = DEVICE.type == "cuda"
 SHARING, PADDED = "ours, prefix sharing", "ours, padded rows"
+FLEX, FSDP = "ours, prefix sharing, flex", "ours, prefix sharing, FSDP on one device"
+"""On CUDA alone."""
 TRL_DEFAULTS, TRL_STORING = "TRL, its defaults", "TRL, no gradient checkpointing"
 TRL_LABELLED = "TRL, that and logits at labels alone"
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -37,8 +39,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 BATCH, SHARED = 8, 450
 
 
-def corrections(vocabulary: int, *, sharing: bool, grouped: bool) -> CorrectionBatches:
-    """Batches of a D_n with 5 corrections of each of 400 initial answers.
+def corrections(vocabulary: int, way: str, *, grouped: bool) -> CorrectionBatches:
+    """A way's batches of a D_n with 5 corrections of each of 400 initial answers.
 
     All prompts begin with the same ``SHARED`` tokens; question and initial answer are 90 to 150 more, and a
     correction is 60 to 100.
@@ -60,6 +62,7 @@ def corrections(vocabulary: int, *, sharing: bool, grouped: bool) -> CorrectionB
         initial, correction = example.trajectory.answers
         return [*shared, *initial.token_ids], [*correction.token_ids]
 
+    sharing = way in (SHARING, FLEX, FSDP)
     options = {"prefix_sharing": sharing, "group_corrections": grouped, "longest": SHARED + 250}
     return CorrectionBatches(dataset, render, BATCH, seed=0, **options)
 
@@ -105,10 +108,12 @@ def _memory(*, reset: bool = False) -> int:
     return torch.cuda.max_memory_allocated()
 
 
-def ours(model: str, batches: CorrectionBatches, steps: int, turns: Turns) -> None:
+def ours(model: str, batches: CorrectionBatches, steps: int, turns: Turns, way: str) -> None:
     """Train as the program does."""
     from lightning.pytorch import Callback, Trainer
+    from lightning.pytorch.strategies import FSDPStrategy
     from torch.utils.data import DataLoader
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
     from stasc.training.module import CorrectionSFT
 
@@ -121,11 +126,13 @@ def ours(model: str, batches: CorrectionBatches, steps: int, turns: Turns) -> No
             turns.done(float(outputs["loss"]))
             turns.wait()
 
-    module = CorrectionSFT(model, weight_decay=0.0, warmup_ratio=0.0)
+    attention = "flex" if way == FLEX else "auto"
+    module = CorrectionSFT(model, weight_decay=0.0, warmup_ratio=0.0, attention=attention)
     module.iteration_steps = steps
     trainer = Trainer(
         accelerator=DEVICE.type,
         devices=1,
+        strategy=FSDPStrategy(auto_wrap_policy={Qwen2DecoderLayer}) if way == FSDP else "auto",
         precision="bf16-mixed" if CUDA else "32-true",
         max_epochs=1,
         limit_train_batches=steps,
@@ -196,11 +203,11 @@ def main() -> None:
     way, model, steps, grouped = sys.argv[1:]
     turns = Turns()
     vocabulary = json.loads((Path(model) / "config.json").read_text())["vocab_size"]
-    batches = corrections(vocabulary, sharing=way == SHARING, grouped=grouped == "True")
+    batches = corrections(vocabulary, way, grouped=grouped == "True")
     if way in SETTINGS:
         sft_trainer(model, batches, int(steps), turns, way)
     else:
-        ours(model, batches, int(steps), turns)
+        ours(model, batches, int(steps), turns, way)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,10 @@ Evaluation comes before OuterLoop, because the engine still holds M_{n-1} when t
 have just used it. After OuterLoop its memory belongs to the trainer. In the last epoch nothing follows that
 would load M_N into the engine, so its evaluation is in ``on_fit_end``; a run that was killed before that
 finds it missing at the next start, when there is no epoch left to train.
+
+On-policy each epoch is one update: train_dataloader samples with the weights as they are and gives the
+batches of one step; on_train_epoch_end hands the new weights to the engine or, at the end of an iteration,
+writes what its updates have sampled, and M_n. There is a checkpoint at the end of an iteration only.
 """
 
 from callbacks.curves import Curves

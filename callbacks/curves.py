@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import wraps
 from pathlib import Path
+from typing import Any, TypeVar
 
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
@@ -13,6 +15,10 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
+
+from stasc.disk import naming
+
+T = TypeVar("T")
 
 # TensorBoard sorts by name, and its table of hyper-parameters shows the first five curves: those of ``test``
 # and ``best``, which have numbers for that.
@@ -57,6 +63,17 @@ def tag(name: str) -> str:
     return f"{_GROUPS[group]}/{_NAMES.get(name) or _NAMES.get(metric) or metric.replace('_', ' ')}"
 
 
+def _naming_the_file(write: Callable[..., T]) -> Callable[..., T]:
+    """TensorBoard's errors do not say which file could not be written."""
+
+    @wraps(write)
+    def named(curves: Curves, *args: Any, **kwargs: Any) -> T:
+        with naming(curves.folder / "events.out.tfevents"):
+            return write(curves, *args, **kwargs)
+
+    return named
+
+
 class Curves(Logger):
     """Writes TensorBoard's event files, in which a resume repeats nothing.
 
@@ -92,6 +109,7 @@ class Curves(Logger):
 
     @property
     @rank_zero_experiment
+    @_naming_the_file
     def experiment(self) -> SummaryWriter:
         """Writes to the file of this start; before the first epoch to one that the next start replaces."""
         if self._writer is None:
@@ -101,6 +119,7 @@ class Curves(Logger):
         return self._writer
 
     @rank_zero_only
+    @_naming_the_file
     def begin(self, epoch: int) -> None:
         """Begin a training epoch (from 0); what earlier starts wrote of it and after it is removed."""
         if not self._begun:
@@ -122,18 +141,21 @@ class Curves(Logger):
         self.hyperparameters |= params
 
     @rank_zero_only
+    @_naming_the_file
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Add a point to each curve."""
         for name, value in metrics.items():
             self.experiment.add_scalar(tag(name), value, step)
 
     @rank_zero_only
+    @_naming_the_file
     def save(self) -> None:
         """Write what is buffered to disk, so that a kill loses nothing."""
         if self._writer is not None:
             self._writer.flush()
 
     @rank_zero_only
+    @_naming_the_file
     def finalize(self, status: str) -> None:
         """Close the file; with status ``success`` TensorBoard shows the run as finished."""
         if self._writer is not None and status == "success":

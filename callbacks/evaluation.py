@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
+import shutil
+import sys
+import textwrap
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -26,6 +30,9 @@ TABLE_ROWS = 12
 
 _CHANGES = {name: f"{name[0]}>{name.rpartition('_')[2][0]}" for name in TRANSITIONS}
 """Short names of what became of answers: ``w>r 3`` are three that were wrong and became right."""
+
+_OF_THE_TEST = ("test", "greedy", "rounds", "samples")
+"""Groups of metrics that the test questions give."""
 
 
 class Evaluation(Callback):
@@ -57,10 +64,8 @@ class Evaluation(Callback):
         if data.epochs_done < trainer.max_epochs:  # a callback ended it
             return
         _begin_curves(trainer)
-        self._evaluate(trainer, last)
-        choice = experiment.choose()
+        choice = self._evaluate(trainer, last)
         if trainer.is_global_zero:
-            _write_card(experiment, choice)  # it may have been evaluated on the test questions just now
             files = [experiment.run.iteration(n) for n in range(last + 1)]
             iterations = [read_json(of_n.metrics, "iteration") for of_n in files]
             data.pace.end()
@@ -68,11 +73,13 @@ class Evaluation(Callback):
             empty = [str(n) for n, metrics in enumerate(iterations) if n and not metrics["dataset"]["size"]]
             if empty:
                 say(f"Nothing was learnt in iteration {', '.join(empty)}: D_n was empty, see above.")
-            say(f"\nreport  stasc report '{experiment.run.folder}' --out report")
+            report = f"{_typed('python')} -m stasc report {_quoted(experiment.run.folder)}"
+            say(f"\nreport  {report} --out report")
             for logger in trainer.loggers:
                 say(f"curves  {whereabouts(logger)}")
-            if last:
-                say(f"models  {files[1].model} to {files[-1].model}")
+            if models := [of_n.model for of_n in files[1:] if of_n.model.is_dir()]:
+                all_there = f"{models[0]} to {models[-1]}"
+                say(f"models  {all_there if len(models) == last else ', '.join(map(str, models))}")
 
     def on_test_end(self, trainer: Trainer, pl_module: CorrectionSFT) -> None:
         """Show the metrics of a model folder."""
@@ -84,20 +91,35 @@ class Evaluation(Callback):
         """As ``on_test_end``."""
         self.on_test_end(trainer, pl_module)
 
-    def _evaluate(self, trainer: Trainer, n: int) -> None:
-        data: TrajectoryDataModule = trainer.datamodule
-        run = data.experiment.run
-        missing = data.experiment.missing(run.iteration(n).metrics)
-        metrics = data.experiment.evaluate(n)
-        if not trainer.is_global_zero:
-            return
-        if missing:
+    def _evaluate(self, trainer: Trainer, n: int) -> int | None:
+        """Evaluate M_n, and after the last one the model that validation chooses: its iteration."""
+        experiment: Experiment = trainer.datamodule.experiment
+        missing = experiment.missing(experiment.run.iteration(n).metrics)
+        metrics = experiment.evaluate(n)
+        if missing and trainer.is_global_zero:
             say(summary_lines(metrics))
-        points = curves([read_json(run.iteration(m).metrics, "iteration") for m in range(n + 1)])
-        answers = run.iteration(n).test_answers(2) if "test" in metrics else run.iteration(n).validation
+        choice = experiment.choose() if n == experiment.algorithm.iterations else None
+        if trainer.is_global_zero:
+            if choice not in (None, n) and not experiment.tests(choice):  # it was tested just now, if ever
+                self._show(trainer, choice, _OF_THE_TEST)
+            self._show(trainer, n)
+            experiment.remove_models(n)
+        return choice
+
+    def _show(self, trainer: Trainer, n: int, groups: Sequence[str] | None = None) -> None:
+        """Give the metrics of M_n to the loggers and to its card; all groups of them, or some."""
+        experiment: Experiment = trainer.datamodule.experiment
+        run = experiment.run
+        iterations = [read_json(run.iteration(m).metrics, "iteration") for m in range(n + 1)]
+        points = {
+            name: value
+            for name, value in curves(iterations).items()
+            if groups is None or name.partition("/")[0] in groups
+        }
+        answers = run.iteration(n).test_answers(2) if "test" in iterations[n] else run.iteration(n).validation
         evaluated = answers.is_file()  # it is not between two times that the test questions are asked
         if evaluated:
-            _write_card(data.experiment, n)
+            _write_card(experiment, n)
             trajectories = list(islice(Records(answers), TABLE_ROWS))
         for logger in trainer.loggers:
             logger.log_metrics(points, step=n)
@@ -106,7 +128,7 @@ class Evaluation(Callback):
             logger.save()
 
 
-def _write_card(experiment: Experiment, n: int | None) -> None:
+def _write_card(experiment: Experiment, n: int) -> None:
     if n and experiment.model_folder(n).is_dir():  # who needs the space may remove models of a run
         write_card(experiment, n)
 
@@ -136,14 +158,27 @@ def hyperparameters(data: TrajectoryDataModule, module: CorrectionSFT) -> dict[s
 def whereabouts(logger: Logger) -> str:
     """Where a logger's curves are, or the command that shows them."""
     if isinstance(logger, Curves | TensorBoardLogger):
-        return f"tensorboard --logdir '{logger.root_dir or logger.save_dir}'"
+        return f"{_typed('tensorboard')} --logdir {_quoted(logger.root_dir or logger.save_dir)}"
     if isinstance(logger, CSVLogger):
         return ", ".join(map(str, sorted(Path(logger.root_dir).rglob("metrics.csv"))))  # one of each start
     if isinstance(logger, WandbLogger):
         run = logger.experiment
-        return f"wandb sync '{Path(run.dir).parent}'" if run.offline else run.url
+        return f"{_typed('wandb')} sync {_quoted(Path(run.dir).parent)}" if run.offline else run.url
     place = logger.log_dir or logger.save_dir
     return type(logger).__name__ + (f", {place}" if place else "")
+
+
+def _typed(program: str) -> str:
+    """A program of this environment as a user can type it, whether or not the environment is activated."""
+    ours = Path(sys.executable).with_name(program)
+    first = shutil.which(program)
+    if not ours.exists() or (first and Path(first).parent.samefile(ours.parent)):
+        return program
+    return _quoted(ours.relative_to(Path.cwd()) if ours.is_relative_to(Path.cwd()) else ours)
+
+
+def _quoted(path: str | Path) -> str:
+    return shlex.quote(str(path))
 
 
 def curves(iterations: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -177,7 +212,7 @@ def summary_lines(metrics: dict[str, Any]) -> str:
         if group == "train":
             loss = metrics["training"]["loss"]
             parts.append(f"|D_{n}| {metrics['dataset']['size']}")
-            parts += [] if loss is None else [f"loss {loss:.3f}"]
+            parts += [] if loss is None else [f"mean loss {loss:.3f}"]
         else:
             parts.append(" ".join(f"{short} {rewards[name]}" for name, short in _CHANGES.items()))
         lines.append(f"{'' if lines else f'M_{n}':<6}{'  '.join(parts)}")
@@ -207,7 +242,7 @@ def summary(iterations: Sequence[dict[str, Any]], choice: int | None) -> str:
         for name, metrics in best.items()
     ]
     chosen = iterations[-1 if choice is None else choice]
-    return "\n\n".join([*tables, "\n".join(lines), _verdict(chosen)])
+    return "\n\n".join([*tables, "\n".join(lines), textwrap.fill(_verdict(chosen), 80)])
 
 
 def _verdict(metrics: dict[str, Any]) -> str:

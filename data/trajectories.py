@@ -51,7 +51,7 @@ class Batches:
 
 
 class TrajectoryDataModule(LightningDataModule):
-    """Asks the experiment for D_n at the start of every training epoch, and hands it out in batches.
+    """Questions, prompts, sampling and reward, and the batches of D_n, new for every training epoch.
 
     Args:
         train: Questions to learn from (D_0).
@@ -59,7 +59,8 @@ class TrajectoryDataModule(LightningDataModule):
         prompts: The messages of each prompt: ``initial``, ``correction``, and others that the algorithm asks.
             Without ``fit`` these, ``evaluation.sampling`` and ``answer`` are by default what the folder of
             ``model.base`` names (its ``stasc.yaml``).
-        sampling: How training answers and corrections are drawn; only ``fit`` draws them.
+        sampling: How training answers and corrections are drawn (``temperature``, ``top_p``, ``max_tokens``);
+            only ``fit`` draws them.
         evaluation: How models are evaluated.
         validation: Questions to choose the iteration on, or the share of ``train`` that is held out as such;
             without any nothing chooses but the test set.

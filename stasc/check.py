@@ -183,7 +183,8 @@ def _start(config: Mapping[str, Any], folder: Path, number: int) -> Start:
     }
     users = callbacks if isinstance(callbacks, list) else [callbacks]
     trainer = config["trainer"] | {"callbacks": [*users, measurement], "logger": None}
-    rehearsed = {**config, "run_dir": str(folder / "run"), "reuse": None, "trainer": trainer}
+    rehearsed = {**config, "run_dir": str(folder / "run"), "trainer": trainer}
+    rehearsed |= {"reuse": None, "keep_models": None}
     if _iterations(config):
         init_args = config["algorithm"]["init_args"] | {"iterations": number}
         rehearsed["algorithm"] = config["algorithm"] | {"init_args": init_args}
@@ -228,13 +229,15 @@ def _failure(start: Start, folder: Path, config: Mapping[str, Any]) -> str:
         return ""
     phase = start.ranks[0]["phase"] if start.ranks else "the start of the program"
     lines = start.log.read_text(encoding="utf-8", errors="replace").splitlines()
+    killed = start.status in (-signal.SIGKILL, 128 + signal.SIGKILL)  # it, or another of its processes
     said = [line for line in lines if line.startswith("stasc: ")]
-    if said:  # it says itself what to change
+    full = any(line.startswith("stasc: memory ran out") for line in said)
+    if said and not killed and not full:  # it says itself what to change
         return f"In '{phase}': {said[-1].removeprefix('stasc: ')}"
     engines = [path.read_text(errors="replace") for path in folder.glob("run/engine-*.log")]
-    if re.search("out of ?memory", "\n".join([*lines, *engines]), re.IGNORECASE):
+    if full or re.search("out of ?memory", "\n".join([*lines, *engines]), re.IGNORECASE):
         return f"In '{phase}' memory ran out: {_less_memory(phase, config)}"
-    if start.status in (-signal.SIGKILL, -signal.SIGTERM):  # SIGTERM: another of its processes was killed
+    if killed:
         return (
             f"In '{phase}' the system killed it, as a rule because the {_gib(host_memory())} GiB of RAM were "
             f"full: {_less_memory(phase, config)}"
@@ -382,12 +385,12 @@ def _verdict(whole: _Whole, free: int) -> tuple[list[str], bool]:
     models, checkpoint, text = whole.disk()
     disk = models + 2 * checkpoint + text
     lines.append(
-        f"Disk: {_gib(disk)} GiB, and {_gib(free)} are free: {_gib(models)} for {whole.iterations} models, "
+        f"Disk: {_gib(disk)} GiB, and {_gib(free)} are free: {_gib(models)} for {whole.models} models, "
         f"twice {_gib(checkpoint)} for the checkpoint while it is written, {_gib(text)} for answers."
     )
     fits = disk <= free
     if not fits:
-        lines[-1] += " **It does not fit**: put run_dir on a larger disk, or lower algorithm.iterations."
+        lines[-1] += " **It does not fit**: put run_dir on a larger disk, or set keep_models."
     return lines, fits
 
 
@@ -477,7 +480,13 @@ class _Whole:
             written = sum(map(_bytes, self.run.folder.glob(f"iteration-*/{source}*.jsonl")))
             text += written * self.times(source) * due / here
         text += _bytes(self.run.draws) * max(map(self.times, self.questions))
-        return self.iterations * model, checkpoint, text
+        return self.models * model, checkpoint, text
+
+    @property
+    def models(self) -> int:
+        """Models on disk at a time: while one is written, those that stay are there, and the chosen one."""
+        kept = self.config["keep_models"]
+        return min(self.iterations, kept + 1 + ("validation" in self.questions)) if kept else self.iterations
 
 
 def _bytes(path: Path) -> int:

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import sys
+import threading
 import traceback
 import warnings
 from functools import partial
@@ -20,6 +21,7 @@ from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies.launchers import subprocess_script
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.distributed import DistNetworkError, DistStoreError
@@ -29,6 +31,8 @@ from callbacks import Curves, Evaluation, OuterLoop, TrainingProgress
 from data import TrajectoryDataModule, demo, smollm2
 from stasc.algorithm import Algorithm, STaSC
 from stasc.config_file import check_named_files, check_value, read_config
+from stasc.disk import refusal
+from stasc.ending import end_with_ranks
 from stasc.errors import UserError
 from stasc.experiment import Experiment
 from stasc.house import config_file
@@ -88,7 +92,7 @@ class ConfigFile(ActionConfigFile):
 
 
 class STaSCCLI(LightningCLI):
-    """LightningCLI with the groups ``algorithm`` and ``sampler``, and ``run_dir`` and ``reuse``."""
+    """LightningCLI with the groups ``algorithm`` and ``sampler``, and the options of the run."""
 
     datamodule: TrajectoryDataModule
     model: CorrectionSFT
@@ -117,6 +121,12 @@ class STaSCCLI(LightningCLI):
             type=str | None,
             default=None,
             help="Another run, or a folder of runs: take M_0's draws from it where it was asked the same.",
+        )
+        parser.add_argument(
+            "--keep_models",
+            type=int | None,
+            default=None,
+            help="Keep so many models, the last ones, and the one that validation chooses; by default all.",
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -225,8 +235,7 @@ class STaSCCLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         """Put the experiment together, which finds mistakes before an engine starts."""
-        if self.trainer.num_nodes > 1:
-            _check_nodes(self.trainer)
+        _check_processes(self.trainer)
         with Progress("reading the questions and the tokenizer"):
             experiment = self.datamodule.experiment = self._experiment()
         if rank_zero_only.rank == 0:  # it reads all of them
@@ -287,6 +296,7 @@ class STaSCCLI(LightningCLI):
             run=Run(config.run_dir),
             seed=config.seed_everything,
             reuse=None if config.reuse is None else Path(config.reuse),
+            keep_models=config.keep_models,
             origin=origin,
         )
 
@@ -415,7 +425,9 @@ def run() -> None:
     warnings.filterwarnings("ignore", message=".*Detected call of `lr_scheduler.step.*")  # an empty D_n
     warnings.filterwarnings("ignore", message=".*yielded None.*")  # the one batch of an empty D_n
     set_verbosity_error()  # transformers warns of what is refused here, or of no matter
+    threading.excepthook = _in_a_thread
     disable_progress_bar()  # of transformers, for every load and save of a model
+    subprocess_script._launch_process_observer = end_with_ranks
     try:
         check_named_files(sys.argv[1:])
         STaSCCLI(
@@ -451,11 +463,17 @@ def run() -> None:
         raise UserError(str(mistake)) from mistake
 
 
-def _own(refusal: BaseException | None) -> str | None:
+def _in_a_thread(failure: threading.ExceptHookArgs) -> None:
+    """TensorBoard's thread keeps an error of the disk for whoever writes next: that will be told."""
+    if failure.exc_value is None or refusal(failure.exc_value) is None:
+        threading.__excepthook__(failure)
+
+
+def _own(error: BaseException | None) -> str | None:
     """The sentence of ours that jsonargparse has put into its own; None if there is none."""
-    while refusal and not isinstance(refusal, UserError):
-        refusal = refusal.__cause__
-    return refusal and str(refusal)
+    while error and not isinstance(error, UserError):
+        error = error.__cause__
+    return error and str(error)
 
 
 def _loggers(option: Any) -> list[Namespace]:
@@ -481,16 +499,30 @@ def _class_path(cls: type) -> dict[str, str]:
     return {"class_path": f"{cls.__module__}.{cls.__name__}"}
 
 
-def _check_nodes(trainer: Trainer) -> None:
-    """Say on each node that it waits for the others; raise UserError if they could not find each other."""
-    environment = trainer.strategy.cluster_environment
-    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK") if name not in os.environ]
-    if missing and isinstance(environment, LightningEnvironment):
+def _check_processes(trainer: Trainer) -> None:
+    """Say on each node that it waits for the others.
+
+    Raises:
+        UserError: A launcher has started too few processes, or none, or the nodes could not find each other.
+    """
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    if environment is None:  # one device, one process
+        return
+    nodes, devices = trainer.num_nodes, trainer.num_devices
+    started = environment.world_size()
+    if environment.creates_processes_externally and started != nodes * devices:
         raise UserError(
-            f"trainer.num_nodes is {trainer.num_nodes}, and {missing[0]} is not set: start the program with "
+            f"{started} processes were started by the launcher, and trainer.num_nodes x trainer.devices is "
+            f"{nodes * devices}: have srun (--nodes={nodes} --ntasks-per-node={devices}) or torchrun "
+            f"(--nnodes={nodes} --nproc-per-node={devices}) start one for each device."
+        )
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK") if name not in os.environ]
+    if nodes > 1 and missing and isinstance(environment, LightningEnvironment):
+        raise UserError(
+            f"trainer.num_nodes is {nodes}, and {missing[0]} is not set: start the program with "
             "torchrun or srun, or on each node with the MASTER_ADDR and MASTER_PORT of the first one, and "
             "NODE_RANK, which is 0 there."
         )
-    if trainer.local_rank == 0:
+    if nodes > 1 and trainer.local_rank == 0:
         place = f"{environment.main_address}:{environment.main_port}"
-        print(f"waiting for all {trainer.num_nodes} nodes at {place}", flush=True)
+        print(f"waiting for all {nodes} nodes at {place}", flush=True)

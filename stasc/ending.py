@@ -7,26 +7,29 @@ once, and the kernel ends with it whatever it has started: the other ranks and t
 import ctypes
 import errno
 import os
+import re
 import signal
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from stasc.disk import refusal
 from stasc.errors import UserError
+from stasc.progress import speaks
 from stasc.texts import printable
 from stasc.users_code import blame
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Ctrl-C; SLURM, docker and kill; a closed terminal."""
 
-_DISK_ERRORS = (
-    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
-    *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EIO),
-)
-"""What an operating system says of a place or a disk that does not do."""
+_FULL_MEMORY = " (was memory full? lower data.batches.token_budget, or sampler.kv_cache_gib)"
+
+_CONNECTION_LOST = re.compile("Connection (reset|closed) by|Broken pipe|remote process exited")
+"""What gloo and NCCL say of a process that is gone."""
 
 _PR_SET_PDEATHSIG = 1
 _STARTED_BY = "STASC_STARTED_BY"
@@ -55,7 +58,11 @@ def end_after_mistakes() -> Iterator[None]:
         unwritten = _output_is_closed(error)
         if unwritten == errno.EPIPE:
             sys.exit(128 + signal.SIGPIPE)
-        sentence = blame(error) or _refused_by_the_disk(error)
+        sentence = blame(error) or refusal(error)
+        if sentence is None and isinstance(error, Exception):
+            from stasc.memory import ran_out  # imports torch, which a command without an error may not need
+
+            sentence = ran_out(error) or _left_alone(error)
         if unwritten:
             sentence = f"standard output cannot be written ({os.strerror(unwritten)}): see to that."
         if sentence is None and isinstance(error, KeyboardInterrupt):
@@ -63,6 +70,8 @@ def end_after_mistakes() -> Iterator[None]:
             sys.exit(128 + signal.SIGINT)
         if sentence is None:
             raise
+    if not speaks():
+        time.sleep(1)  # rank 0 has the word, if it is an error of all, and ends this process
     with suppress(OSError):
         print(f"stasc: {printable(' '.join(sentence.split()))}", file=sys.stderr)
     sys.exit(2)
@@ -80,14 +89,14 @@ def _output_is_closed(error: BaseException) -> int | None:
     return None
 
 
-def _refused_by_the_disk(error: BaseException) -> str | None:
-    """A sentence for a file or folder that cannot be written or read; None for other errors."""
-    if not isinstance(error, OSError) or error.errno not in _DISK_ERRORS:
+def _left_alone(error: BaseException) -> str | None:
+    """A sentence for the loss of another training process; None for other errors."""
+    if not isinstance(error, RuntimeError) or not _CONNECTION_LOST.search(str(error)):
         return None
-    what = error.filename or "a file of the run"
+    time.sleep(5)  # if it ran on this machine, then meanwhile that was said, and this process was ended
     return (
-        f"{what} cannot be written or read ({error.strerror}): see to that, or choose another --run_dir; "
-        "what is finished is kept, and the same command goes on."
+        "another training process has ended or is out of reach: see what it has printed, and run the same "
+        "command again to go on."
     )
 
 
@@ -116,6 +125,18 @@ def end_with_rank_zero() -> None:
         end_with(int(starter))
 
 
+def end_with_ranks(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
+    """From now on end this process, with a sentence, when a rank that it has started has failed.
+
+    It would wait for that rank, over NCCL for hours. Lightning's own observer, in whose place this is, kills
+    both after up to 5 s, without a word.
+
+    Args:
+        ranks: Those from 1 on.
+    """
+    threading.Thread(target=_end_with_ranks, args=[ranks], daemon=True).start()
+
+
 def end_with(parent: int) -> None:
     """Have the kernel kill this process when its parent ends, however that is, or now if it has ended.
 
@@ -128,14 +149,32 @@ def end_with(parent: int) -> None:
         os._exit(1)
 
 
+def _end_with_ranks(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
+    while not any(ended := [process.poll() for process in ranks]):
+        time.sleep(0.1)
+    number, status = next((number, status) for number, status in enumerate(ended, start=2) if status)
+    status = 128 - status if status < 0 else status
+    if status != 2:  # then it has said itself what was wrong
+        how = "failed, as it says above"
+        if status - 128 in signal.valid_signals():
+            name = signal.Signals(status - 128).name
+            how = f"was ended by {name}" + _FULL_MEMORY * (name == "SIGKILL")
+        _say(f"process {number} of {len(ended) + 1} {how}; run the same command again to go on.")
+    os._exit(status)
+
+
+def _say(sentence: str) -> None:
+    """Not through sys.stderr, whose lock the main thread may hold."""
+    os.write(2, f"\nstasc: {sentence}\n".encode())
+
+
 def _end_on(heard: set[signal.Signals], received: int) -> None:
     while (number := os.read(received, 1)[0]) not in heard:
         pass
     ranks = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
     if all(os.environ.get(rank, "0") == "0" for rank in ranks):
         name = signal.Signals(number).name
-        # Not through sys.stderr, whose lock the main thread may hold.
-        os.write(2, f"\nstasc: stopped by {name}; run the same command again to go on.\n".encode())
+        _say(f"stopped by {name}; run the same command again to go on.")
     else:
         time.sleep(1)  # rank 0 has the word, and would lament a lost connection if it lived longer
     os._exit(128 + number)

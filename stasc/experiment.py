@@ -25,7 +25,7 @@ from stasc.prompting import Dialogue, check_prompts
 from stasc.provenance import fingerprint
 from stasc.reward import Reward
 from stasc.rollout import Rollout
-from stasc.run import Iteration, Run, read_json, write_json, write_lines
+from stasc.run import Iteration, Run, read_json, remove_folder, write_json, write_lines
 from stasc.sampling import Sampler, Sampling
 from stasc.sampling.journal import Journal
 from stasc.sampling.probe import SEQUENCES, TOKENS, Probe
@@ -89,6 +89,8 @@ class Experiment:
         run: The run folder.
         seed: What all draws follow from.
         reuse: A run, or a folder of runs, whose draws from M_0 are taken where they answer the same request.
+        keep_models: So many models stay on disk, the last ones, beside the one that validation chooses; None:
+            all.
         origin: What the metrics of a model folder on its own say of where they come from.
     """
 
@@ -105,6 +107,7 @@ class Experiment:
     run: Run
     seed: int
     reuse: Path | None = None
+    keep_models: int | None = None
     origin: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     # ------------------------------------------------------------------ Algorithm 1: for n = 1 to N do
@@ -144,12 +147,16 @@ class Experiment:
         path = self.run.iteration(n).metrics
         if self.missing(path):
             metrics = {"iteration": n, **self._validation(n)}
-            if n % self.evaluation.test_every == 0 or n == self.algorithm.iterations:
+            if self.tests(n):
                 metrics |= self._test(n)
             if n:
                 metrics |= read_json(self.run.iteration(n).training, "train", "dataset", "training")
             self._write(path, metrics | self._measured(n, metrics))
         return read_json(path, "iteration")
+
+    def tests(self, n: int) -> bool:
+        """Whether M_n is evaluated on the test questions in its turn, whatever is chosen in the end."""
+        return n % self.evaluation.test_every == 0 or n == self.algorithm.iterations
 
     def choose(self) -> int | None:
         """The iteration whose corrections are best on the validation questions, once all are evaluated.
@@ -159,17 +166,27 @@ class Experiment:
         """
         if "validation" not in self.questions:
             return None
-        n = chosen(
-            [
-                read_json(self.run.iteration(n).metrics, "validation")
-                for n in range(self.algorithm.iterations + 1)
-            ]
-        )
+        n = self._best(self.algorithm.iterations)
         metrics = read_json(path := self.run.iteration(n).metrics)
         if "test" not in metrics:
             metrics |= self._test(n)
             self._write(path, metrics | self._measured(n, metrics))
         return n
+
+    def remove_models(self, n: int) -> None:
+        """Once M_n is evaluated and its checkpoint written, remove the models that are not to stay.
+
+        What later iterations start from stays too, as long as they need it.
+        """
+        if self.keep_models is None:
+            return
+        algorithm, later = self.algorithm, range(n + 1, self.algorithm.iterations + 1)
+        stay = {self._best(n)} if "validation" in self.questions else set()
+        for needed in (algorithm.initial_model, algorithm.base_model, algorithm.test_initial_model):
+            stay |= set(map(needed, later))
+        for m in range(1, n - self.keep_models + 1):
+            if m not in stay:
+                remove_folder(self.run.iteration(m).model)
 
     # ------------------------------------------------------------------ steps 1 to 3 on-policy
 
@@ -293,6 +310,10 @@ class Experiment:
         return processes.from_rank_zero(processes.rank() == 0 and not path.exists())
 
     # ------------------------------------------------------------------ evaluation
+
+    def _best(self, n: int) -> int:
+        """The model among M_0 to M_n that the validation questions choose."""
+        return chosen([read_json(self.run.iteration(m).metrics, "validation") for m in range(n + 1)])
 
     def _validation(self, n: int) -> dict[str, dict[str, float]]:
         """What M_n's initial answers and corrections reach on the validation questions, if there are any."""
@@ -493,6 +514,8 @@ class Experiment:
     def __post_init__(self) -> None:
         if self.reuse is not None and not self.reuse.is_dir():
             raise UserError(f"reuse is {self.reuse}, which is not a folder: name a run, or a folder of runs.")
+        if self.keep_models is not None and self.keep_models < 1:
+            raise UserError(f"keep_models is {self.keep_models}: it must be 1 or more, or null to keep all.")
         greedy = self.sampling is not None and self.sampling.temperature == 0
         if greedy and any(turn.samples > 1 for turn in self.algorithm.turns):
             raise UserError(

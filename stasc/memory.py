@@ -29,6 +29,18 @@ _LOGIT = 20
 """Bytes of a logit: scores and probabilities in float32, and both sorted, with int64 indices, for top_p."""
 
 
+def ran_out(error: BaseException) -> str | None:
+    """One sentence for memory that was asked for and was not there; None for other errors."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in reason:
+        return None
+    return (
+        f"memory ran out ({reason.rpartition('DefaultCPUAllocator: ')[2][:150]}): lower "
+        "data.batches.token_budget if it was training, or sampler.kv_cache_gib, and run the same command "
+        "again to go on; docs/training.md has what else helps."
+    )
+
+
 def training_bytes(frozen: int, trained: int, *, shards: int = 1, gradients: bool = False) -> int:
     """Bytes that training holds on a device between two optimiser steps: 4 a number, as all are float32.
 
@@ -56,12 +68,21 @@ def engine_share(device: torch.device, training: int, processes: int) -> int:
 
 
 def cache_bytes(
-    share: int, *, weights: int, vocabulary: int, token: int, sequences: int, context: int, device: str
+    share: int,
+    *,
+    alone: int,
+    weights: int,
+    vocabulary: int,
+    token: int,
+    sequences: int,
+    context: int,
+    device: str,
 ) -> int:
     """Size of a key-value cache that fits, and is no larger than the engine can use.
 
     Args:
         share: Bytes that the engine may take in all.
+        alone: What it could take if training held nothing there.
         weights: Bytes of its weights.
         vocabulary: Number of logits of a token.
         token: Bytes of a token in the cache.
@@ -75,11 +96,20 @@ def cache_bytes(
     working = sequences * vocabulary * _LOGIT + (_WORKING if device == "cuda" else 0)
     size = min(share - weights - working, sequences * context * token)
     if size < context * token:
+        needed = weights + working + context * token
+        advice = (
+            "Divide the model among more GPUs (FSDPStrategy), train adapters (model.lora), or set "
+            "sampler.kv_cache_gib yourself."
+        )
+        if needed > alone:
+            advice = (
+                "An engine holds the whole model on one device (there is no tensor parallelism here): take "
+                "a smaller model, or devices with more memory."
+            )
         raise UserError(
             f"the memory does not suffice: training leaves {max(share, 0) / GIB:.1f} GiB to the engine, "
             f"which needs {weights / GIB:.1f} for its weights, {working / GIB:.1f} to work in and "
-            f"{context * token / GIB:.1f} for one sequence of {context} tokens. Divide the model among more "
-            "GPUs (FSDPStrategy), train adapters (model.lora), or set sampler.kv_cache_gib yourself."
+            f"{context * token / GIB:.1f} for one sequence of {context} tokens. {advice}"
         )
     return size
 

@@ -18,7 +18,7 @@ from stasc.texts import printable
 LINE_EVERY = 600
 """Seconds after which a stage that has no bar says how far it is."""
 
-_BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+_BAR = "{desc} |{bar}| {n_fmt}/{total_fmt}"
 
 
 def speaks() -> bool:
@@ -73,7 +73,7 @@ class Progress:
         self._bar = tqdm(
             total=total,
             desc=title if total else f"{title}, since {_clock()}",
-            bar_format=_BAR if total else "{desc}",
+            bar_format=_BAR + "{postfix}" if total else "{desc}",
             disable=None if speaks() else True,  # with None tqdm shows a bar on terminals only
             leave=False,
             dynamic_ncols=True,
@@ -94,6 +94,8 @@ class Progress:
         """
         self.done += done
         self._note = f", {note}" if note else ""
+        if self.total and self.done >= self.total / 20:  # what the first of many took says nothing
+            self._bar.bar_format = _BAR + ", {remaining} left{postfix}"
         self._bar.set_postfix_str(note, refresh=False)
         self._bar.update(done)
         if self._bar.disable and time.monotonic() - self._said > LINE_EVERY:

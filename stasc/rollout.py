@@ -154,10 +154,7 @@ class Rollout:
                 if journal:
                     journal.add(requests[i], drawn)
                 tokens += sum(len(draw.token_ids) for draw in draws)
-                rate = f"{tokens / max(progress.seconds, 1e-9):,.0f} tokens/s"
-                if self.sampler.prefix_hits is not None:
-                    rate += f", {self.sampler.prefix_hits:.0%} cached"
-                progress.update(len(draws), rate)
+                progress.update(len(draws), f"{tokens / max(progress.seconds, 1e-9):,.0f} tokens/s")
         if len(mine) < len(share):
             name = type(self.sampler).__name__
             raise UserError(

@@ -20,6 +20,7 @@ from typing import IO, Any
 
 import yaml
 
+from stasc.disk import naming
 from stasc.errors import UserError
 
 
@@ -208,8 +209,9 @@ class Run:
                 f"{self.folder} cannot be locked ({error.strerror}): choose a --run_dir on a file system "
                 "that has locks."
             ) from error
-        file.truncate(0)
-        print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
+        with naming(self.folder / "lock"):
+            file.truncate(0)
+            print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
         self._lock = file
 
     def unlock(self) -> None:
@@ -347,10 +349,14 @@ def write_file(path: Path, mode: str, **options: Any) -> Iterator[IO[Any]]:
     """Give a file to fill, opened as by ``open``, which becomes ``path`` at the end if nothing went wrong."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".tmp")
-    with unfinished.open(mode, **options) as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with naming(path), unfinished.open(mode, **options) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        unfinished.unlink(missing_ok=True)  # it may have filled the disk
+        raise
     unfinished.replace(path)
     _sync(path.parent)
 
@@ -362,15 +368,29 @@ def write_folder(folder: Path) -> Iterator[Path]:
     for leftover in (unfinished, replaced):
         shutil.rmtree(leftover, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    yield unfinished
-    for path in sorted(unfinished.rglob("*")):
-        _sync(path)
-    _sync(unfinished)
+    try:
+        with naming(folder):
+            yield unfinished
+            for path in sorted(unfinished.rglob("*")):
+                _sync(path)
+            _sync(unfinished)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
     if folder.exists():  # a folder that is not empty cannot be replaced in one step
         folder.replace(replaced)
     unfinished.replace(folder)
     _sync(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder, if it is there, as a whole or not at all."""
+    leaving = folder.with_name(folder.name + ".old")
+    shutil.rmtree(leaving, ignore_errors=True)
+    if folder.exists():
+        folder.replace(leaving)
+        shutil.rmtree(leaving)
 
 
 def _sync(path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from stasc.algorithm import Algorithm
 from stasc.errors import UserError
-from stasc.run import NEVER, FirstUses
+from stasc.run import FirstUses
 from stasc.trajectory import Example, Trajectory
 
 
@@ -43,10 +43,7 @@ class SCoRe(Algorithm):
         rounds: Corrections one after another in evaluation.
     """
 
-    first_uses: ClassVar[FirstUses] = {
-        **{name: use for name, use in Algorithm.first_uses.items() if name in ("threshold", "rounds")},
-        "threshold": NEVER,
-    }
+    first_uses: ClassVar[FirstUses] = {name: Algorithm.first_uses[name] for name in ("threshold", "rounds")}
 
     def __init__(
         self,

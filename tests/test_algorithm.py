@@ -124,8 +124,8 @@ def test_only_the_oracle_asks_the_reward_before_it_goes_on():
 
 
 def test_the_docs_own_system():
-    page = (ROOT / "docs/system.md").read_text()
-    code = re.search(r'```python title="my_systems.py"\n(.*?)```', page, re.DOTALL)[1]
+    page = (ROOT / "docs/own_system.md").read_text()
+    code = re.search(r'```python title="third_look.py"\n(.*?)```', page, re.DOTALL)[1]
     scope: dict = {}
     exec(code, scope)
     system = scope["ThirdLook"](n_init=2)

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from importlib.metadata import version
@@ -644,6 +645,45 @@ def test_the_docs_own_task(stasc, tmp_path):
     assert process.returncode == 0, process.stderr
     questions = [json.loads(line)["question"] for line in (tmp_path / "run/test.jsonl").open()]
     assert [question["text"] for question in questions] == ["Why 0?", "Why 1?", "Why 2?"]
+
+
+def test_a_launcher_that_starts_too_few_processes_is_told_how_many(refused, monkeypatch):
+    for name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    sentence = refused("--trainer.devices", 2, "--trainer.strategy", "ddp")
+    assert "1 processes were started by the launcher, and trainer.num_nodes x trainer.devices is 2: have" in (
+        sentence
+    )
+    assert "srun (--nodes=1 --ntasks-per-node=2)" in sentence
+
+
+def test_the_job_for_slurm_starts_a_process_for_each_gpu_and_is_queued_again(tmp_path):
+    for name, rest in (("srun", "sleep 20"), ("scontrol", "kill -TERM $PPID")):
+        (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@"\n{rest}\n')
+        (tmp_path / name).chmod(0o755)
+    of_slurm = {
+        "SLURM_JOB_ID": "77",
+        "SLURM_NNODES": "2",
+        "SLURM_NTASKS_PER_NODE": "4",
+        "SLURM_CPUS_PER_TASK": "8",
+    }
+    environment = os.environ | of_slurm | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": "python"}
+    job = subprocess.Popen(
+        ["bash", ROOT / "scripts/slurm.sh", "--config", "qwen_eif", "--run_dir", "a run"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    started = job.stdout.readline().split(" ", 2)[2]
+    assert started == (
+        "python -m stasc fit --config qwen_eif --run_dir a run --trainer.num_nodes 2 --trainer.devices 4\n"
+    )
+    job.send_signal(signal.SIGUSR1)
+    assert job.stdout.readline() == "scontrol requeue 77\n"
+    assert job.wait(10) == -signal.SIGTERM
+    os.killpg(job.pid, signal.SIGKILL)  # srun
 
 
 def test_setup_refuses_a_driver_that_cannot_run_cuda_13(tmp_path):

@@ -223,7 +223,7 @@ def test_options_and_classes_are_called_so(page, parse, folder):
         elif words[0].startswith("--") and "." not in words[0]:
             own = any(f"{option}.".startswith(f"{words[0][2:]}.") for option in quickstart)
             of_argparse = words[0].partition("=")[0] in ("--config", "--print_config", "--help")
-            of_vllm = words[0] in ("--generation-config", "--enforce-eager")
+            of_vllm = words[0] in ("--generation-config", "--dtype")
             assert own or of_argparse or of_vllm or f'"{words[0]}"' in of_programs, code
         elif code == "stasc.yaml":
             continue

@@ -12,18 +12,19 @@ from conftest import ROOT
 
 RANKS_WITH_ENGINES = r"""
 import ctypes, os, subprocess, sys, time
-from stasc.ending import end_on_signals, end_with, end_with_rank_zero
+from stasc.ending import end_on_signals, end_with, end_with_rank_zero, end_with_ranks
 
 if "engine" in sys.argv:
     end_with(os.getppid())
-    os.write(1, f"{os.getpid()}\n".encode())
+    os.write(1, f"engine {os.getpid()}\n".encode())
     time.sleep(60)
 end_on_signals()
 end_with_rank_zero()
-os.write(1, f"{os.getpid()}\n".encode())
+rank = os.environ.get("LOCAL_RANK", "0")
+os.write(1, f"{rank} {os.getpid()}\n".encode())
 subprocess.Popen([sys.executable, __file__, "engine"], start_new_session=True)
-if "LOCAL_RANK" not in os.environ:
-    subprocess.Popen([sys.executable, __file__], env={**os.environ, "LOCAL_RANK": "1"})
+if rank == "0":
+    end_with_ranks([subprocess.Popen([sys.executable, __file__], env={**os.environ, "LOCAL_RANK": "1"})])
 libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
 libc.pthread_mutex_lock(mutex)
 libc.pthread_mutex_lock(mutex)  # as in a collective call: never returns, and runs no handler of Python
@@ -55,6 +56,12 @@ def started(folder: Path, program: str, **options: object) -> subprocess.Popen[s
     )
 
 
+def ranks_and_engines(program: subprocess.Popen[str]) -> list[tuple[str, int]]:
+    """What each of the four processes is, and its id."""
+    lines = [program.stdout.readline().split() for _ in range(4)]
+    return [(name, int(process)) for name, process in lines]
+
+
 def assert_gone(processes: list[int]) -> None:
     deadline = time.monotonic() + 10
     while left := [pid for pid in processes if running(pid)]:
@@ -73,7 +80,7 @@ def running(pid: int) -> bool:
 @pytest.mark.parametrize("whole_group", [False, True])
 def test_a_signal_ends_ranks_and_engines_with_one_sentence(tmp_path, number, whole_group):
     program = started(tmp_path, RANKS_WITH_ENGINES, process_group=0)
-    processes = [int(program.stdout.readline()) for _ in range(4)]
+    processes = [process for _, process in ranks_and_engines(program)]
     (os.killpg if whole_group else os.kill)(program.pid, number)
     killed = number == signal.SIGKILL
     assert program.wait(10) == (-number if killed else 128 + number)
@@ -82,10 +89,55 @@ def test_a_signal_ends_ranks_and_engines_with_one_sentence(tmp_path, number, who
     assert (tmp_path / "stderr").read_text() == ("" if killed else sentence)
 
 
+def test_a_rank_that_is_killed_ends_all_others_with_one_sentence(tmp_path):
+    program = started(tmp_path, RANKS_WITH_ENGINES)
+    processes = ranks_and_engines(program)
+    os.kill(dict(processes)["1"], signal.SIGKILL)
+    assert program.wait(10) == 128 + signal.SIGKILL
+    assert_gone([process for _, process in processes])
+    assert (tmp_path / "stderr").read_text() == (
+        "\nstasc: process 2 of 2 was ended by SIGKILL (was memory full? lower data.batches.token_budget, or "
+        "sampler.kv_cache_gib); run the same command again to go on.\n"
+    )
+
+
+FAILING_RANK = """
+import subprocess, sys, time
+from stasc.ending import end_with_ranks
+
+end_with_ranks([subprocess.Popen([sys.executable, "-c", sys.argv[1]])])
+time.sleep(60)
+"""
+
+
+FAILED = "stasc: process 2 of 2 failed, as it says above; run the same command again to go on."
+
+
+@pytest.mark.parametrize(
+    ("rank", "status", "last"),
+    [
+        ("1 / 0", 1, FAILED),
+        ("sys.exit(255)", 255, FAILED),
+        ("print('stasc: a sentence', file=sys.stderr); sys.exit(2)", 2, "stasc: a sentence"),
+    ],
+)
+def test_a_rank_that_fails_has_said_why(rank, status, last):
+    failed = subprocess.run(
+        [sys.executable, "-c", FAILING_RANK, f"import sys\n{rank}"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert failed.returncode == status
+    assert failed.stderr.splitlines()[-1] == last
+
+
 def test_nohup_keeps_ignoring_a_closed_terminal(tmp_path):
     ignore = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # noqa: E731
     program = started(tmp_path, RANKS_WITH_ENGINES, preexec_fn=ignore)
-    processes = [int(program.stdout.readline()) for _ in range(4)]
+    processes = [process for _, process in ranks_and_engines(program)]
     for process in processes:
         os.kill(process, signal.SIGHUP)
     time.sleep(0.3)

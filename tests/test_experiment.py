@@ -21,6 +21,7 @@ from stasc.reward import Reward
 from stasc.run import Run, read_json, write_json
 from stasc.sampling import Sampling, TransformersSampler
 from stasc.sampling.probe import Probe
+from stasc.score import SCoRe
 from stasc.trajectory import Question
 
 PROMPTS = {
@@ -242,3 +243,87 @@ def test_draws_that_would_all_be_the_same_are_refused(make):
 def test_a_place_to_reuse_that_does_not_exist_is_named(make):
     with pytest.raises(UserError, match="nowhere, which is not a folder"):
         make(STaSC(), reuse=Path("nowhere"), started=False)
+
+
+def test_models_go_that_nothing_needs_any_more(make):
+    class BackToTheSecond(STaSC):
+        def base_model(self, n: int) -> int:
+            return 1 if n == 5 else n - 1
+
+    def stay(best: int, keep: int, algorithm: type[STaSC] = STaSC, **questions) -> list[list[int]]:
+        """The models that are there after M_3 is evaluated, and after M_5."""
+        experiment = make(algorithm("EIE", iterations=5), started=False, keep_models=keep, **questions)
+        shutil.rmtree(experiment.run.folder, ignore_errors=True)
+        found = []
+        for n in range(6):
+            files = experiment.run.iteration(n)
+            write_json(files.metrics, {"validation": {"r2": float(n == best)}})
+            if n:
+                files.model.mkdir(exist_ok=True)
+                (files.model / "model.safetensors").touch()
+            experiment.remove_models(n)
+            left = [path.parent.name for path in sorted(experiment.run.folder.glob("iteration-*/model*"))]
+            found.append([int(name[-2:]) for name in left])
+        assert all(experiment.run.iteration(n).metrics.is_file() for n in range(6))
+        return [found[3], found[5]]
+
+    chosen = {"questions": QUESTIONS | {"validation": QUESTIONS["test"]}}
+    assert stay(2, 1, **chosen) == [[2, 3], [2, 5]]
+    assert stay(2, 1) == [[3], [5]]
+    assert stay(0, 3, **chosen) == [[1, 2, 3], [3, 4, 5]]
+    assert stay(0, 1, BackToTheSecond) == [[1, 3], [5]]
+    with pytest.raises(UserError, match="keep_models is 0: it must be 1 or more"):
+        stay(0, 0)
+
+
+# ---------------------------------------------------------------------- on-policy
+
+
+def score(**options: int) -> SCoRe:
+    """Three updates of two questions in an iteration."""
+    sizes = {"stage_one": 3, "stage_two": 3, "updates_per_iteration": 3, "questions": 2}
+    return SCoRe(**(sizes | options))
+
+
+def test_the_updates_of_an_iteration_are_one_file_in_its_end(make):
+    experiment = make(score())
+    examples = [experiment.update(1, number) for number in range(3)]
+    files = experiment.run.iteration(1)
+    assert not files.folder.exists()
+    experiment.updates_done(1)
+    assert list(experiment.dataset(1)) == [example for of_one in examples for example in of_one]
+    asked = [t.question.id for t in experiment.trajectories(1)]
+    assert len(asked) == 6
+    assert len(set(asked[:4])) == 4, "of five questions, two updates of two ask different ones"
+    assert experiment.training_metrics(1)["dataset"]["size"] == sum(map(len, examples))
+
+    again = make(score(), run=Run(experiment.run.folder / "again"))
+    assert [again.update(1, number) for number in range(3)] == examples
+    longer = make(score(updates_per_iteration=1), run=Run(experiment.run.folder / "longer"))
+    assert [longer.update(number + 1, number) for number in range(1)] == examples[:1]
+
+
+@pytest.mark.parametrize(
+    ("sampling", "questions", "sentence"),
+    [
+        ({"top_p": 0.9}, 2, r"set data\.sampling\.top_p to 1, and data\.sampling\.temperature to 1"),
+        ({"temperature": 0.0}, 2, r"data\.sampling\.temperature to 1 or at least above 0"),
+        ({}, 6, r"SCoRe asks 6 questions in an update, and data\.train has 5: lower algorithm\.questions"),
+    ],
+)
+def test_what_cannot_be_on_policy_is_refused(make, sampling, questions, sentence):
+    with pytest.raises(UserError, match=sentence):
+        make(score(questions=questions), sampling=dataclasses.replace(SAMPLING, **sampling))
+
+
+def test_on_policy_examples_are_learnt_for_the_prompts_that_were_sampled_with(make, model):
+    others = Dialogue(model.tokenizer(), PROMPTS | {"initial": [Message("user", "Well, {question}")]})
+    with pytest.raises(UserError, match=r"leave data\.training_prompts out"):
+        make(score(), training_dialogue=others)
+
+
+def test_a_hold_on_m0_is_announced(make):
+    system = score()
+    system.stays_near_m0 = False
+    with pytest.raises(UserError, match=r"gave an example with kl: set SCoRe\.stays_near_m0 to True"):
+        make(system).update(1, 0)

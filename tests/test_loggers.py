@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,10 +12,12 @@ import yaml
 from conftest import ROOT, curves, tiny_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from callbacks.curves import tag
+from callbacks.curves import Curves, tag
+from callbacks.evaluation import whereabouts
 from stasc.__main__ import main
 
 LOGGERS = "lightning.pytorch.loggers"
+BIN = Path(sys.executable).parent
 TWO = ("test/r2", "train/r2")
 """A curve from M_0 on, and one from M_1 on."""
 
@@ -24,6 +27,7 @@ def fit(tmp_path, monkeypatch, capfd):
     """Trains a random model in this process with some loggers, and gives what the program says at its end."""
     monkeypatch.setenv("STASC_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("PATH", str(BIN), prepend=os.pathsep)
     monkeypatch.chdir(tmp_path)
     model = tiny_model(tmp_path / "model")
 
@@ -68,6 +72,13 @@ def from_tensorboard(run: Path, name: str) -> list[int]:
     return [e.step for events in found if name in events.Tags()["scalars"] for e in events.Scalars(name)]
 
 
+def test_the_command_for_the_curves_can_be_typed_where_the_environment_is_not_activated(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert whereabouts(Curves("runs/a run")) == f"{BIN}/tensorboard --logdir 'runs/a run'"
+    monkeypatch.chdir(BIN.parent)
+    assert whereabouts(Curves("runs/mine")) == "bin/tensorboard --logdir runs/mine"
+
+
 @pytest.mark.slow
 def test_several_loggers_lie_in_the_run_folder_and_go_on_after_a_resume(fit, tmp_path):
     loggers = [
@@ -78,9 +89,9 @@ def test_several_loggers_lie_in_the_run_folder_and_go_on_after_a_resume(fit, tmp
     run = tmp_path / "run"
     end = fit(loggers, iterations=0)
     assert [line for line in end.splitlines() if line.startswith("curves")] == [
-        f"curves  tensorboard --logdir '{run}'",
+        f"curves  tensorboard --logdir {run}",
         f"curves  {run}/csv/version_0/metrics.csv",
-        f"curves  tensorboard --logdir '{run}/lightning_logs'",
+        f"curves  tensorboard --logdir {run}/lightning_logs",
     ]
     fit(loggers, iterations=1)
     for name, expected in zip(TWO, ([0, 1], [1]), strict=True):

@@ -4,8 +4,16 @@ import json
 import math
 import os
 import re
+import shlex
+import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from statistics import stdev
 from typing import NamedTuple
@@ -103,7 +111,7 @@ def test_the_quickstart_learns_and_says_so(quickstart):
 def test_a_log_of_the_quickstart_has_plain_lines_with_times(quickstart):
     assert quickstart.process.stderr == ""
     output = quickstart.process.stdout
-    assert not any(mark in output for mark in ("\r", "\x1b", "%|"))
+    assert not any(mark in output for mark in ("\r", "\x1b", "| 0/"))
     lines = output.splitlines()
     at = [next(i for i, line in enumerate(lines) if f"  iteration {n} of 5" in line) for n in TRAINED]
     assert at == sorted(at)
@@ -118,9 +126,8 @@ def test_a_log_of_the_quickstart_has_plain_lines_with_times(quickstart):
     test, train = (quickstart.metrics(2)[group] for group in ("test", "train"))
     assert f"\nM_2   test        r(Y1) {test['r1']:.3f}  r(Y2) {test['r2']:.3f}  w>r " in of_the_third
     assert f"\n      train       r(Y1) {train['r1']:.3f}  r(Y2) {train['r2']:.3f}  |D_2| " in of_the_third
-    untimed = [line for line in lines if not re.match(r"[\d:]{8}  ", line)]
-    wide = [line for line in untimed if len(line) > 80]
-    assert all(str(quickstart.run) in line or "corrections are" in line for line in wide), wide
+    wide = [line for line in lines if len(line) > 80]
+    assert all(str(quickstart.run) in line for line in wide), wide
     assert "  done: iteration 5 of 5; this start took " in output
     assert f"{quickstart.folder(1)}/model to {quickstart.folder(5)}/model" in output
 
@@ -232,24 +239,34 @@ def assert_curves_are_the_metrics(done: Quickstart) -> None:
 
 def test_validation_questions_choose_and_the_test_set_is_seen_seldom(stasc, tmp_path):
     run = tmp_path / "run"
-    options = ("--data.validation", 0.25, "--data.evaluation.test_every", 2)
-    process = stasc(*demo_fit(run, train=40, test=20, iterations=3), *options)
+    options = ("--data.validation", 0.25, "--data.evaluation.test_every", 3, "--keep_models", 1)
+    # So that M_1 is chosen, which is not tested in its turn: iteration 1 asks 60 questions with two initial
+    # answers and four corrections each, then M_0 20 for validation and 20 for the test.
+    reward = ["users_own.PaysInIteration", "--data.reward.iteration", 2]
+    reward += ["--data.reward.calls_per_iteration", 60 * (2 + 4) + 40 * 2]
+    process = stasc(*demo_fit(run, train=80, test=20, iterations=3), *options, "--data.reward", *reward)
     assert process.returncode == 0, process.stderr
     done = Quickstart(process, run)
     metrics = [done.metrics(n) for n in range(4)]
     rewards = [of_n["validation"]["r2"] for of_n in metrics]
-    best = rewards.index(max(rewards))
-    assert [n for n in range(4) if "test" in metrics[n]] == sorted({0, 2, 3, best})
-    assert {of_n["validation"]["count"] for of_n in metrics} == {10}
+    assert [reward > 0 for reward in rewards] == [False, True, False, False]
+    best = 1
+    assert ["test" in of_n for of_n in metrics] == [True, True, False, True]
+    assert {of_n["validation"]["count"] for of_n in metrics} == {20}
     held_out = {trajectory.question.id for trajectory in done.records(3, "validation")}
     learnt = {trajectory.question.id for trajectory in done.records(3, "initial")}
-    assert (len(held_out), len(learnt), held_out & learnt) == (10, 30, set())
+    assert (len(held_out), len(learnt), held_out & learnt) == (20, 60, set())
     reward = f"{metrics[best]['test']['r2']:.3f}"
     assert re.search(rf"best on validation +M_{best}, test r\(Y2\) {reward}\n", process.stdout)
     assert f"M_{best}: corrections are" in process.stdout
     assert [n for n, _ in curves(run)[tag("validation/r2")]] == [0, 1, 2, 3]
-    assert [n for n, _ in curves(run)[tag("test/r2")]] == [0, 2, 3]
-    for n in range(1, 4):
+    for name in ("r1", "r2", "delta"):
+        tested = [(n, pytest.approx(metrics[n]["test"][name])) for n in (0, 1, 3)]
+        assert curves(run)[tag(f"test/{name}")] == tested
+    models = [n for n in range(4) if (done.folder(n) / "model").exists()]
+    assert models == [best, 3]
+    assert process.stdout.endswith(f"{done.folder(3) / 'model'}\n")
+    for n in models:
         card = (done.folder(n) / "model/README.md").read_text()
         assert ("| test | M_" in card) == ("test" in metrics[n])
         assert card.count("| validation | M_") == 2
@@ -287,38 +304,78 @@ def test_plain_transformers_says_what_the_engine_said(quickstart, n):
     assert tokenizer.batch_decode(completions, skip_special_tokens=True) == answered
 
 
-PLAIN_VLLM = """
-import json, sys
-from vllm import LLM, SamplingParams
-
-options = {"dtype": "float32", "max_model_len": 512, "kv_cache_memory_bytes": 1 << 27, "enforce_eager": True}
-engine = LLM(sys.argv[1], **options)
-chats = json.load(open(sys.argv[2]))
-outputs = engine.chat(chats, SamplingParams(temperature=0, max_tokens=64), use_tqdm=False)
-json.dump([output.outputs[0].text for output in outputs], open(sys.argv[3], "w"))
-"""
+GUIDE = (ROOT / "docs/serving.md").read_text()
 
 
-def test_plain_vllm_says_what_the_engine_said(quickstart, cache, tmp_path):
-    asked, answered = both_turns(quickstart.records(5, "test")[:50])
-    (tmp_path / "asked").write_text(json.dumps(asked))
-    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
-    plain = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            PLAIN_VLLM,
-            quickstart.folder(5) / "model",
-            tmp_path / "asked",
-            tmp_path / "output",
-        ],
-        env=stasc_environment(cache) | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert plain.returncode == 0, plain.stderr
-    assert json.loads((tmp_path / "output").read_text()) == answered
+def in_the_guide(language: str, mark: str) -> list[str]:
+    """Blocks of the guide to serving that have a mark in them."""
+    return [block for block in re.findall(rf"```{language}\n(.*?)```", GUIDE, re.DOTALL) if mark in block]
+
+
+@pytest.fixture(scope="module")
+def server(quickstart, cache, tmp_path_factory) -> Iterator[str]:
+    """The guide's server of the quickstart's last model, at an address of its own."""
+    folder = tmp_path_factory.mktemp("server")
+    (folder / "runs").mkdir()
+    (folder / "runs/quickstart").symlink_to(quickstart.run)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    (command,) = in_the_guide("bash", "api_server")
+    here = {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(
+            ["bash", "-c", f"{command.rstrip()} --host localhost --port {port}"],
+            cwd=folder,
+            env=stasc_environment(cache) | here | {"VLLM_NO_USAGE_STATS": "1"},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        while True:
+            assert process.poll() is None, (folder / "log").read_text()[-3000:]
+            with suppress(OSError), urllib.request.urlopen(f"http://localhost:{port}/health", timeout=5):
+                break
+            time.sleep(0.2)
+        yield f"localhost:{port}"
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+
+
+def test_an_openai_client_gets_from_a_vllm_server_what_the_engine_said(
+    quickstart, server, monkeypatch, capfd
+):
+    (program,) = in_the_guide("python", "OpenAI")
+    monkeypatch.chdir(quickstart.run.parent)
+    Path("runs").mkdir()
+    Path("runs/quickstart").symlink_to(quickstart.run)
+    names: dict = {}
+    exec(program.replace("localhost:8000", server), names)
+    tested = quickstart.records(5, "test")[:50]
+
+    def both(trajectory: Trajectory) -> list[str]:
+        question = trajectory.question.text
+        initial = names["ask"]("initial", question=question)
+        return [initial, names["ask"]("correction", question=question, initial_answer=initial)]
+
+    with ThreadPoolExecutor(16) as pool:
+        said = list(pool.map(both, tested))
+    assert said == [[answer.text.strip() for answer in trajectory.answers] for trajectory in tested]
+
+    printed = capfd.readouterr().out
+    replies = []
+    for block in in_the_guide("bash", "curl"):  # its question is that of the program
+        words = shlex.split(block)
+        data = words[words.index("-d") + 1].replace("THE ANSWER", json.dumps("".join(replies))[1:-1])
+        url = next(word for word in words if word.startswith("http:")).replace("localhost:8000", server)
+        headers = dict([words[words.index("-H") + 1].split(": ")])
+        request = urllib.request.Request(url, data.encode(), headers)
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            replies.append(json.load(reply)["choices"][0]["message"]["content"].strip())
+    assert printed == "\n".join([*replies, ""])
+    assert len(replies) == 2
 
 
 def test_the_card_says_what_the_run_found_and_its_snippet_runs(quickstart, monkeypatch, capfd):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_runs import make_run, report
+from report_runs import THREE_ITERATIONS, make_run, report
 
 from stasc.run import Run, write_lines
 from stasc.trajectory import Records, to_json
@@ -28,6 +28,10 @@ def page(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     make_run(folder / "runs/a", [("000000", "000000"), ("000000", "110000")], "EIE")
     make_run(folder / "runs/b", [("000000", "000000"), ("000000", "111100")], "ENE")
+    make_run(folder / "long/a", THREE_ITERATIONS, "Reflexion", uses_references=True)
+    prompts = "configs/prompts/of_a_name_that_is_very_long.yaml"
+    make_run(folder / "long/b", THREE_ITERATIONS, "AnAlgorithmOfAVeryLongName", data__prompts=prompts)
+    report(folder / "long", "--out", folder / "long/out")
     test = Run(folder / "runs/a").iteration(1).test_answers(2)
     write_lines(test, [to_json(t).replace("It is Tim.", LONG) for t in Records(test)])
     report(folder / "runs", "--out", folder / "out", "--trajectories", 2)
@@ -38,16 +42,19 @@ def page(tmp_path_factory) -> Path:
 def browse(page, tmp_path):
     """Opens the page at a fragment, runs a script in it as a reader's hand, and gives the script's value."""
 
-    def run(fragment: str, script: str) -> Any:
+    def run(fragment: str, script: str, shown: Path = page, width: int = 1400) -> Any:
         # The page lets no script run but its own.
-        text, replaced = re.subn(r"<meta http-equiv=.Content-Security-Policy.*?>", "", page.read_text())
+        text, replaced = re.subn(r"<meta http-equiv=.Content-Security-Policy.*?>", "", shown.read_text())
         assert replaced == 1
         tail = (
             f"<pre id=seen></pre><script>seen.textContent = JSON.stringify((() => {{{script}}})())</script>"
         )
         copy = tmp_path / "page.html"
         copy.write_text(text.replace("</body>", f"{tail}</body>"))
-        options = ("--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}")
+        options = (
+            *("--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"),
+            f"--window-size={width},1000",
+        )
         done = subprocess.run(
             [CHROMIUM, *options, "--dump-dom", f"{copy.as_uri()}{fragment}"],
             capture_output=True,
@@ -114,6 +121,37 @@ def test_a_click_on_a_heading_sorts_a_table(browse):
         return seen;""",
     )
     assert rows == [["EIE", "ENE"], ["ENE", "EIE"], "descending", ["EIE", "ENE"], "ascending"]
+
+
+@pytest.mark.parametrize("width", [400, 800, 1400])
+def test_long_names_push_nothing_out_of_reach(browse, page, width):
+    """A table that is wider than the window scrolls; on a wide one nothing needs to."""
+    seen = browse(
+        "",
+        """
+        const tables = [...document.querySelectorAll(".scroll")].filter((e) => e.offsetParent);
+        const right = (box, e) => e.getBoundingClientRect().right - box.getBoundingClientRect().left;
+        return {
+          window: innerWidth,
+          page: document.documentElement.scrollWidth,
+          boxes: tables.map((box) => [
+            box.clientWidth,
+            box.scrollWidth,
+            getComputedStyle(box).overflowX,
+            Math.max(...[...box.querySelectorAll("th, td")].map((cell) => right(box, cell))),
+          ]),
+          pictures: [...document.querySelectorAll("figure svg")].map((e) => e.getBoundingClientRect().right),
+        };""",
+        shown=page.parent.parent / "long/out/index.html",
+        width=width,
+    )
+    assert seen["page"] <= seen["window"]
+    assert len(seen["boxes"]) > 3
+    for client, scrolled, overflow, right in seen["boxes"]:
+        assert right <= scrolled + 2  # and the borders
+        assert overflow == "auto"
+        assert client == scrolled or width < 1400
+    assert all(right <= seen["window"] for right in seen["pictures"])
 
 
 def test_a_long_answer_is_folded(browse):

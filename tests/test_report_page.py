@@ -126,7 +126,8 @@ def test_no_label_of_a_figure_is_cut_off(tmp_path, monkeypatch):
     few = ("0" * 40, "1" + "0" * 39)
     make_run(tmp_path / "a", [nothing, few, nothing], sizes=(1234, 98765))
     make_run(tmp_path / "b", [nothing, few, nothing], "AnAlgorithmWithALongName")
-    report(tmp_path / "a", tmp_path / "b", "--out", tmp_path / "out")
+    make_run(tmp_path / "c", [nothing, few], data__prompts="configs/prompts/of_a_name_that_is_very_long.yaml")
+    report(*(tmp_path / name for name in "abc"), "--out", tmp_path / "out")
     assert "gain: r(Y2) of Mₙ less Mₙ₋₁" in drawn
 
 

@@ -434,20 +434,3 @@ def test_vllm_takes_the_weights_from_memory_and_so_does_the_engine_that_replaces
     assert done.returncode == 0, done.stderr
     lines = (tmp_path / "links").read_text().splitlines()
     assert lines == ["0 None", *(f"{update} /memfd:weights (deleted)" for update in (1, 2, 3))]
-
-
-@pytest.mark.parametrize(
-    ("option", "sentence"),
-    [
-        (("--data.sampling.top_p", 0.9), "set data.sampling.top_p to 1"),
-        (("--data.sampling.temperature", 0, "--algorithm.n_corr", 1), "data.sampling.temperature to 1"),
-        (("--algorithm.questions", 21), "asks 21 questions in an update, and data.train has 20: lower"),
-        (("--data.training_prompts", "configs/prompts/sums.yaml"), "leave data.training_prompts out"),
-    ],
-)
-@pytest.mark.slow
-def test_what_is_not_on_policy_is_refused(stasc, tmp_path, option, sentence):
-    done = stasc(*score_fit(tmp_path / "run", *option))
-    assert done.returncode == 2
-    assert sentence in " ".join(done.stderr.split())
-    assert len(done.stderr.splitlines()) == 1

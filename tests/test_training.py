@@ -77,7 +77,7 @@ def distance(found: Tensors, expected: Tensors, scale: Tensors | None = None) ->
 def step_loss(model: PreTrainedModel, examples: list[TokenizedExample]) -> Tensor:
     """Weighted loss over the number of target tokens, one example at a time, without padding."""
     losses = []
-    for prompt, target, weight in examples:
+    for prompt, target, weight, _ in examples:
         logits = model(input_ids=torch.tensor([prompt + target])).logits[0, len(prompt) - 1 : -1]
         losses.append(-weight * logits.log_softmax(-1)[range(len(target)), target])
     return torch.cat(losses).mean()

@@ -2,11 +2,13 @@
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import curves, demo_fit
+from conftest import ROOT, contents, curves, demo_fit, stasc_environment
 from safetensors.torch import load_file
 from test_training import Tensors, distance, moved, recorded, step_loss
 from transformers import AutoModelForCausalLM
@@ -146,3 +148,54 @@ def test_fsdp_in_bf16_mixed_keeps_float32_masters_and_rotary_frequencies(demo_ru
     assert distance(first["weights"], weights(m0)) == 0
     assert moved(weights(iteration(run, 1) / "model"), weights(m0)) > 0.95
     assert distance(first["buffers"], recorded(evolving)[0]["buffers"]) == 0
+
+
+def test_fsdp_goes_on_with_the_same_bytes_where_a_process_was_killed_and_d_n_was_empty(
+    stasc, cache, tmp_path
+):
+    """Killed with Adam's moments in the checkpoint; D_2 is empty, and twice it starts again after that."""
+
+    def fit(name: str, *options: object) -> list[str]:
+        run = tmp_path / name
+        arguments = (*demo_fit(run, train=40, test=2, iterations=3), "--data.batches.size", 5)
+        reward = ("--data.reward", "users_own.PaysNothingInIteration2", "--data.reward.run", run)
+        arguments += ("--algorithm.epochs", 2, "--algorithm.variant", "EIE", *reward, *STRATEGIES["fsdp"])
+        return list(map(str, (*arguments, *options)))
+
+    def ending(name: str, hook: str, epochs_done: int, **options: int) -> tuple[str, str]:
+        init_args = {"hook": hook, "epochs_done": epochs_done, **options}
+        return "--trainer.callbacks", json.dumps(
+            [{"class_path": f"users_own.{name}", "init_args": init_args}]
+        )
+
+    killed = stasc(*fit("stopped", *ending("Kill", "on_train_batch_end", 1, rank=1)))
+    assert killed.returncode == 128 + 9
+    sentence = (
+        "process 2 of 2 was ended by SIGKILL (was memory full? lower data.batches.token_budget, or "
+        "sampler.kv_cache_gib); run the same command again to go on."
+    )
+    assert killed.stderr == f"\nstasc: {sentence}\n"
+    checkpoint = tmp_path / "stopped/checkpoints/last.ckpt"
+    assert checkpoint.stat().st_size > 3 * 1_000_000  # weights, and both moments of Adam
+    runs = [fit("stopped", *ending("Fail", "on_train_epoch_start", epochs)) for epochs in (3, 4)]
+    runs += [fit("stopped"), fit("undisturbed")]
+    several = subprocess.run(
+        [sys.executable, ROOT / "tests/fit_again.py"],
+        cwd=ROOT,
+        env=stasc_environment(cache) | {"OMP_WAIT_POLICY": "PASSIVE", "RUNS": json.dumps(runs)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert several.returncode == 0, several.stderr
+    assert several.stdout.count("going on in") == 3
+    assert checkpoint.stat().st_size < 10_000  # M_3 has its folder
+    assert several.stderr.count("Fail._end of yours failed") == 4, several.stderr  # two times, both processes
+    stopped, undisturbed = (contents(tmp_path / name) for name in ("stopped", "undisturbed"))
+    for of_run in (stopped, undisturbed):  # whose cards name the option of the reward
+        assert all(of_run.pop(f"iteration-0{n}/model/README.md") for n in (1, 2, 3))
+    assert stopped == undisturbed
+    trained = [
+        json.loads((tmp_path / f"stopped/iteration-0{n}/training.json").read_text()) for n in (1, 2, 3)
+    ]
+    assert [bool(of_n["dataset"]["size"]) for of_n in trained] == [True, False, True]

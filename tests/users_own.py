@@ -100,6 +100,17 @@ class PaysSometimes(PaysInIteration):
         super().__init__(iteration, calls_per_iteration)
 
 
+class PaysNothingInIteration2(InAccuracy):
+    """In-accuracy but in iteration 2, which the files of the run tell, in whatever start of it."""
+
+    def __init__(self, run: str) -> None:
+        self.run = Path(run)
+
+    def score(self, prediction: str, references: Sequence[str]) -> float:
+        begun, ended = ((self.run / f"iteration-0{n}" / "model").exists() for n in (1, 2))
+        return 0.0 if begun and not ended else super().score(prediction, references)
+
+
 class Sums(QuestionSource):
     """Doubles."""
 
@@ -111,15 +122,26 @@ class Sums(QuestionSource):
 
 
 class Kill(Callback):
-    """kill -9 in a hook of Lightning, after so many training epochs."""
+    """kill -9 in a hook of Lightning, after so many training epochs; of one process, or of all."""
 
-    def __init__(self, hook: str, epochs_done: int) -> None:
+    def __init__(self, hook: str, epochs_done: int, rank: int | None = None) -> None:
         self.epochs_done = epochs_done
-        setattr(self, hook, self._kill)
+        self.rank = rank
+        setattr(self, hook, self._now)
 
-    def _kill(self, trainer: Trainer, *_: object) -> None:
-        if trainer.datamodule.epochs_done == self.epochs_done:
-            os.kill(os.getpid(), signal.SIGKILL)
+    def _now(self, trainer: Trainer, *_: object) -> None:
+        if trainer.datamodule.epochs_done == self.epochs_done and self.rank in (trainer.global_rank, None):
+            self._end()
+
+    def _end(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Fail(Kill):
+    """An exception instead."""
+
+    def _end(self) -> None:
+        raise RuntimeError("a callback failed")
 
 
 class WatchesEngine(Callback):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -355,7 +356,7 @@ def _picture(
         axes = figure.subplots()
         axes.xaxis.set_major_locator(MaxNLocator(10, integer=True, steps=[1, 2, 5, 10]))
         paint(axes)
-        axes.set_title(title)
+        axes.set_title(textwrap.fill(title, 44))  # the constrained layout does not care for its width
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         png, svg = io.BytesIO(), io.StringIO()

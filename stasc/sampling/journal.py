@@ -16,6 +16,7 @@ from operator import index
 from pathlib import Path
 from typing import BinaryIO
 
+from stasc.disk import naming
 from stasc.sampling.base import Draw, Request
 
 _KEY_CHARACTERS = 32
@@ -63,12 +64,13 @@ class Journal:
 
     def add(self, request: Request, draws: Sequence[Draw]) -> None:
         """Write the draws of a request."""
-        if self._file is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a+b", buffering=0)
-            if self._file.tell() and self._end() != b"\n":
-                self._file.write(b"\n")  # after a line that a kill has cut
-        self._file.write(f"{json.dumps([self._key(request), draws])}\n".encode())
+        with naming(self.path):
+            if self._file is None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = self.path.open("a+b", buffering=0)
+                if self._file.tell() and self._end() != b"\n":
+                    self._file.write(b"\n")  # after a line that a kill has cut
+            self._file.write(f"{json.dumps([self._key(request), draws])}\n".encode())
 
     def _end(self) -> bytes:
         """The last byte of its file."""

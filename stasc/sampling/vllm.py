@@ -219,8 +219,10 @@ class VLLMSampler(Sampler):
         if self.kv_cache_gib != "auto":
             return int(self.kv_cache_gib * GIB)
         token, sequences = folder.cache_bytes_per_token(), _sequences(device)
+        alone = engine_share(device, 0, 1)
         size = cache_bytes(
-            engine_share(device, 0, 1) if self.memory is None else self.memory,
+            alone if self.memory is None else self.memory,
+            alone=alone,
             weights=folder.weight_bytes(),
             vocabulary=self._vocabulary or 0,
             token=token,
@@ -277,7 +279,9 @@ class _Engine:
             answer = self._pipe.recv()
         except (EOFError, OSError) as error:
             self.kill()
-            raise EngineDied(f"exit status {self._process.returncode}") from error
+            status = self._process.returncode
+            memory = ", as when Linux has no memory left" if status == -signal.SIGKILL else ""
+            raise EngineDied(f"exit status {status}{memory}") from error
         if isinstance(answer, str):
             raise EngineFailed(answer)
         return answer

@@ -148,8 +148,8 @@ class CorrectionBatches(Dataset):
         part = parts[(index - start) * self.ranks + self.rank]
         lay_out = pack if self.prefix_sharing else pad
         batch = lay_out(part, step.tokens, ends_step=index == end - 1)
-        if not step.has_kl:  # which all processes must agree on
-            batch.kls = None
+        if step.has_kl and batch.kls is None:  # all processes must compute M_0's logits, or none
+            batch.kls = torch.zeros_like(batch.weights)
         return batch
 
     def examples(self, step: int) -> list[TokenizedExample]:
@@ -279,7 +279,7 @@ def _batch(
         torch.from_numpy(pairs >> 32),
         torch.from_numpy(pairs & 0xFFFFFFFF),
         weights,
-        kls,
+        kls if any(example.kl for example in examples) else None,
         len(targets),
         step_tokens,
         ends_step,

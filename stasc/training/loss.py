@@ -50,12 +50,13 @@ class NegativeLogLikelihood:
         temperature: float = 1.0,
     ) -> None:
         self.model = model
-        self.temperature = temperature
+        self.temperature = 1.0
         self.flex = False
         training = model.training
         model.eval()
         self.has_plain_head, self.supports_prefix_sharing = self._probe_model()
         model.train(training)
+        self.temperature = temperature  # not before, as it rounds hidden states and logits differently
         if attention == "flex":
             self.flex = True
             try:
@@ -90,12 +91,12 @@ class NegativeLogLikelihood:
             return loss
         found = self._logits(batch).float().log_softmax(-1)
         loss = -(found.gather(1, batch.targets[:, None])[:, 0] * batch.weights).sum()
-        if held:
-            kls, logits, _ = held
-            divergences = (found.exp() * (found - logits.float().log_softmax(-1))).sum(-1)
-            penalty = (kls * divergences).sum()
-            loss, self.penalty = loss + penalty, penalty.detach()
-        return loss
+        if not held:
+            return loss
+        kls, logits, _ = held
+        penalty = (kls * (found.exp() * (found - logits.float().log_softmax(-1))).sum(-1)).sum()
+        self.penalty = penalty.detach()
+        return loss + penalty
 
     @property
     def chunks(self) -> bool:

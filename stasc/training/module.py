@@ -202,7 +202,8 @@ class CorrectionSFT(LightningModule):
         if self.lora:
             return Reference(self.loss, self.lora)
         # A NegativeLogLikelihood is no module, so no strategy shards its model, saves it, or trains it.
-        m0 = load_model(ModelFolder.locate(self.base).path).eval().requires_grad_(False).to(self.device)
+        m0 = load_model(ModelFolder.locate(self.base).path).eval().requires_grad_(False)
+        m0.to(self.trainer.strategy.root_device)
         return Reference(NegativeLogLikelihood(m0, self.attention, self.temperature))
 
     def configure_optimizers(self) -> dict[str, Any]:
