@@ -21,7 +21,6 @@ import yaml
 from bare import Bare
 
 from data import DemoQuestions, demo
-from data.trajectories import epoch_seed
 from stasc.algorithm import STaSC
 from stasc.experiment import Evaluation, Experiment
 from stasc.model_folder import ModelFolder
@@ -30,6 +29,7 @@ from stasc.reward import InAccuracy
 from stasc.rollout import Rollout
 from stasc.run import Run, write_json
 from stasc.sampling import Sampling
+from stasc.seeds import derived_seed
 
 
 class Stages(Experiment):
@@ -61,7 +61,7 @@ class Stages(Experiment):
             self.dataset(n),
             self.training_dialogue.example,
             self.config["data"]["batches"]["size"],
-            seed=epoch_seed(self.seed, n - 1),
+            seed=derived_seed(self.seed, n - 1, "epoch"),
         )
         base = self.model_folder(self.base_model(n))
         module = CorrectionSFT(**{**self.config["model"], "base": str(base)})

@@ -92,7 +92,7 @@ def measure(folder: Path, size: int) -> Found:
         found[name] = (time.perf_counter() - began) / examples[0], (peak_memory() - start) / 2**20
 
     with stage(FILTER):
-        write_lines(target, map(to_json, algorithm.select(Records(source))))
+        write_lines(target, map(to_json, algorithm.select(1, Records(source))))
     with stage(SHUFFLE):
         epoch = batches(grouped=False)
     with stage(BEGIN) as examples:

@@ -92,13 +92,15 @@ class Evaluation(Callback):
             return
         if missing:
             say(summary_lines(metrics))
-        _write_card(data.experiment, n)
         points = curves([read_json(run.iteration(m).metrics, "iteration") for m in range(n + 1)])
         answers = run.iteration(n).test_answers(2) if "test" in metrics else run.iteration(n).validation
-        trajectories = list(islice(Records(answers), TABLE_ROWS))
+        evaluated = answers.is_file()  # it is not between two times that the test questions are asked
+        if evaluated:
+            _write_card(data.experiment, n)
+            trajectories = list(islice(Records(answers), TABLE_ROWS))
         for logger in trainer.loggers:
             logger.log_metrics(points, step=n)
-            if isinstance(logger, Curves | TensorBoardLogger):
+            if evaluated and isinstance(logger, Curves | TensorBoardLogger):
                 logger.experiment.add_text(f"{answers.stem}/trajectories", sample_table(trajectories), n)
             logger.save()
 

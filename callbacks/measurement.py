@@ -21,6 +21,7 @@ from lightning.pytorch import Callback, Trainer
 from data import TrajectoryDataModule
 from data.trajectories import Batches
 from stasc.algorithm import Turn
+from stasc.errors import UserError
 from stasc.experiment import Experiment, unanswered
 from stasc.sampling import Request, Sampling
 from stasc.training.batches import Batch
@@ -66,6 +67,11 @@ class Measurement(Callback):
         """Keep few questions, and take the time of what the engine is asked; it has just been started."""
         data: TrajectoryDataModule = trainer.datamodule
         experiment = data.experiment
+        if experiment.on_policy:
+            raise UserError(
+                f"check does not rehearse on-policy systems, and {experiment.algorithm.name} is one: start the "
+                "run itself with a few updates in another run_dir; it tells the time of each phase."
+            )
         path = self.folder / f"{self.start}-{trainer.global_rank}.json"
         self.phases = Phases(trainer.strategy.root_device, path, START if self.start == 1 else RESUME)
         count = math.ceil(DRAWS[self.phases.device.type] / experiment.algorithm.turns[0].samples)
@@ -172,10 +178,15 @@ class Measurement(Callback):
         timed = self._timed(ask, SAMPLE)
 
         def measured(
-            trajectories: Sequence[Trajectory], turn: Turn, sampling: Sampling, stage: str, *journal: Any
+            trajectories: Sequence[Trajectory],
+            turn: Turn,
+            sampling: Sampling,
+            stage: str,
+            *journal: Any,
+            **options: Any,
         ) -> list[Trajectory]:
             began = time.time()
-            answered = timed(trajectories, turn, sampling, stage, *journal)
+            answered = timed(trajectories, turn, sampling, stage, *journal, **options)
             before = set(map(id, trajectories))  # those that the turn does not ask come back as they are
             answers = [t.answers[-1] for t in answered if id(t) not in before]
             source = "train" if stage.startswith("iteration") else stage.split()[2].rstrip(",")

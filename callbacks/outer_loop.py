@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from stasc.experiment import Experiment
 from stasc.progress import say
 from stasc.run import write_json
 from stasc.sampling.probe import Probe
+from stasc.training.handover import Handover
 from stasc.training.module import CorrectionSFT
 from stasc.training.weights import gather_weights, load_weights, log_probabilities, write_model
 
@@ -24,6 +26,9 @@ class OuterLoop(Callback):
     M_{n-1} simply stays), with a fresh optimiser and a schedule as long as D_n is. At its end M_n is written
     as a Hugging Face folder. If D_n is empty, M_n is the base model.
 
+    On-policy an epoch is an update, after which the engine gets the weights as they are. The optimiser goes
+    on over iterations, with a schedule as long as they are, until the algorithm wants a new one.
+
     A checkpoint has what the next epoch needs and no model folder holds: no optimiser where an iteration has
     ended, no weights where the next iteration begins with those of a folder, no frozen weights of M_0.
     """
@@ -33,6 +38,7 @@ class OuterLoop(Callback):
         """The iteration whose base model, optimiser and schedule are in place."""
         self.losses: list[float] = []
         """Mean loss of each epoch of that iteration."""
+        self._handover: Handover | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """What a resume between two epochs of an iteration needs."""
@@ -48,15 +54,26 @@ class OuterLoop(Callback):
             trainer.limit_val_batches = 0
             pl_module.strict_loading = False  # see on_save_checkpoint
 
+    def on_fit_start(self, trainer: Trainer, pl_module: CorrectionSFT) -> None:
+        """Find a place for the weights between two updates."""
+        experiment: Experiment = trainer.datamodule.experiment
+        if experiment.on_policy:
+            self._handover = Handover(experiment.run.handover, experiment.base.path, trainer.num_nodes)
+
+    def teardown(self, trainer: Trainer, pl_module: CorrectionSFT, stage: str) -> None:
+        """Give it back."""
+        if self._handover:
+            self._handover.close()
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: CorrectionSFT) -> None:
-        """Step 4 begins: base model by policy, fresh optimiser and schedule."""
+        """Step 4 begins: base model by policy, and a fresh optimiser and schedule unless those go on."""
         data: TrajectoryDataModule = trainer.datamodule
         experiment = data.experiment
         experiment.sampler.release()
         torch.manual_seed(data.epoch_seed)
         pl_module.train()
         before, self.prepared = self.prepared, data.iteration
-        pl_module.iteration_steps = max(data.steps, 1) * experiment.algorithm.epochs
+        data.clock.switch("training")
         if data.epochs_done % experiment.algorithm.epochs:
             return
         base = experiment.base_model(self.prepared)
@@ -64,7 +81,9 @@ class OuterLoop(Callback):
         in_place = before == base or _only_in_checkpoint(experiment, pl_module, base)
         if base != self.prepared - 1 or not in_place:
             load_weights(trainer.strategy.model, experiment.model_folder(base), pl_module.lora)
-        trainer.strategy.setup_optimizers(trainer)
+        if not _optimizer_goes_on(trainer, self.prepared):
+            pl_module.iteration_steps = _schedule_steps(data, self.prepared)
+            trainer.strategy.setup_optimizers(trainer)
         self.losses = []
 
     def on_train_batch_start(
@@ -84,12 +103,14 @@ class OuterLoop(Callback):
             self.losses.append(pl_module.epoch_loss.compute().item())
             pl_module.epoch_loss.reset()
         iteration_ends = data.epochs_done % experiment.algorithm.epochs == 0
-        if iteration_ends or not data.steps:
+        if not _optimizer_goes_on(trainer, n + 1 if iteration_ends else n):
             # Nothing uses them any more. Lightning could not load the optimiser of an empty D_n under FSDP.
             trainer.optimizers, trainer.strategy.lr_scheduler_configs = [], []
+        if experiment.on_policy:
+            self._end_update(trainer, pl_module, iteration_ends=iteration_ends)
         if not iteration_ends:
             return
-        if not data.steps:
+        if not self.losses:
             base = experiment.base_model(n)
             say(
                 f"iteration {n}: D_{n} is empty, so M_{n} is M_{base}: {experiment.why_empty(n)}. Draw more "
@@ -97,6 +118,20 @@ class OuterLoop(Callback):
                 "Non-decreasing variant or a lower algorithm.threshold, or an easier task."
             )
         self._write_model(trainer, pl_module)
+
+    def _end_update(self, trainer: Trainer, pl_module: CorrectionSFT, *, iteration_ends: bool) -> None:
+        """The engine gets the weights for the next update; or the iteration's updates are written."""
+        data: TrajectoryDataModule = trainer.datamodule
+        if iteration_ends:
+            data.experiment.updates_done(self.prepared)
+        elif data.steps:
+            data.clock.switch("handing over")
+            folder = self._handover.give(data.epochs_done, trainer.strategy.model, pl_module.lora)
+            data.experiment.take_over(folder)
+        data.clock.switch(None)
+        pl_module.log_dict({f"step/{name}": value for name, value in data.experiment.last_update().items()})
+        seconds = data.clock.last
+        pl_module.log_dict({f"step/seconds_{name.replace(' ', '_')}": seconds[name] for name in seconds})
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: CorrectionSFT, checkpoint: dict[str, Any]
@@ -136,7 +171,7 @@ class OuterLoop(Callback):
             metrics["training"] = {
                 "loss": sum(self.losses) / len(self.losses) if self.losses else None,
                 "learning_rate": pl_module.learning_rate if self.losses else 0.0,
-                "steps": pl_module.iteration_steps if self.losses else 0,
+                "steps": len(self.losses) * max(trainer.datamodule.steps, 1),
             }
             write_json(files.training, metrics)
             sequences = experiment.probe_sequences()
@@ -151,6 +186,28 @@ class OuterLoop(Callback):
 def _only_in_checkpoint(experiment: Experiment, module: CorrectionSFT, n: int) -> bool:
     """Whether M_n's folder lacks what would train on: it is rounded to M_0's dtype, its adapters merged."""
     return n > 0 and (module.lora is not None or experiment.base.dtype != "float32")
+
+
+def _optimizer_goes_on(trainer: Trainer, n: int) -> bool:
+    """Whether iteration n trains on with the optimiser that there is.
+
+    It does within an iteration and, on-policy, until the algorithm wants a new one. One that has taken no
+    step is as good as new.
+    """
+    algorithm, schedules = trainer.datamodule.experiment.algorithm, trainer.strategy.lr_scheduler_configs
+    begins = trainer.datamodule.epochs_done % algorithm.epochs == 0
+    if not schedules or schedules[0].scheduler.last_epoch == 0 or n > algorithm.iterations:
+        return False
+    return not begins or (algorithm.questions_per_update is not None and not algorithm.new_optimizer(n))
+
+
+def _schedule_steps(data: TrajectoryDataModule, n: int) -> int:
+    """Optimiser steps of a schedule that begins with iteration n."""
+    algorithm = data.experiment.algorithm
+    if algorithm.questions_per_update is None:
+        return max(data.steps, 1) * algorithm.epochs
+    later = takewhile(lambda m: not algorithm.new_optimizer(m), range(n + 1, algorithm.iterations + 1))
+    return (1 + len(list(later))) * algorithm.epochs
 
 
 def _first_base(experiment: Experiment, n: int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,13 +16,14 @@ from stasc.answers import FinalAnswer, WholeCompletion
 from stasc.errors import UserError
 from stasc.experiment import Evaluation, Experiment
 from stasc.memory import engine_share
-from stasc.progress import Pace, say
+from stasc.progress import Clock, Pace, say
 from stasc.prompting import Message
 from stasc.reward import InAccuracy, Reward
 from stasc.run import EVALUATION, NEVER, START, TRAINING, FirstUses, write_json, write_lines
 from stasc.sampling import Sampling
+from stasc.seeds import derived_seed
 from stasc.training.batches import CorrectionBatches
-from stasc.trajectory import Question, Trajectory, to_json
+from stasc.trajectory import Example, Question, Trajectory, to_json
 
 
 @dataclass(frozen=True)
@@ -150,11 +150,12 @@ class TrajectoryDataModule(LightningDataModule):
     @property
     def epoch_seed(self) -> int:
         """Seed of everything random in the training epoch under way."""
-        return epoch_seed(self.experiment.seed, self.epochs_done)
+        return derived_seed(self.experiment.seed, self.epochs_done, "epoch")
 
     def setup(self, stage: str) -> None:
         """Start the engine, which gets ready while the trainer loads its model."""
         self.pace = Pace(self.experiment.algorithm.iterations)
+        self.clock = Clock()
         device = self.trainer.strategy.root_device
         training = self.trainer.lightning_module.training_bytes() if stage == "fit" else 0
         memory = engine_share(device, training, self.trainer.num_devices)
@@ -167,14 +168,15 @@ class TrajectoryDataModule(LightningDataModule):
         if self.experiment.algorithm.iterations:
             if self.epochs_done < self.trainer.max_epochs:
                 self._begin_epoch()
-            dataset = self.experiment.dataset(self.iteration)
+            dataset = self._dataset()
         if not dataset:
             # Lightning ends the whole fit on an empty loader; the module skips this one batch instead.
             return DataLoader([None], batch_size=None)
+        on_policy = self.experiment.on_policy
         batches = CorrectionBatches(
             dataset,
             self.experiment.training_dialogue.example,
-            self.batches.size,
+            len(dataset) if on_policy else self.batches.size,
             seed=self.epoch_seed,
             token_budget=self.batches.token_budget,
             prefix_sharing=self.batches.prefix_sharing,
@@ -186,6 +188,17 @@ class TrajectoryDataModule(LightningDataModule):
         )
         self.steps = batches.steps
         return DataLoader(batches, batch_size=None)
+
+    def _dataset(self) -> Sequence[Example]:
+        """What this epoch learns: all of D_n, or the share of an on-policy update."""
+        if not self.experiment.on_policy:
+            return self.experiment.dataset(self.iteration)
+        if self.epochs_done == self.trainer.max_epochs:  # a start that finds all trained
+            return []
+        self.clock.switch("sampling")
+        examples = self.experiment.update(self.iteration, self.epochs_done)
+        self.clock.switch(None)
+        return examples
 
     def _begin_epoch(self) -> None:
         """Say that the iteration begins, if it does with this epoch or with this start of the program."""
@@ -255,11 +268,6 @@ class TrajectoryDataModule(LightningDataModule):
     def on_exception(self, exception: BaseException) -> None:
         """End the engine."""
         self.experiment.sampler.close()
-
-
-def epoch_seed(seed: int, epoch: int) -> int:
-    """The seed of the shuffle and of the adapters in a training epoch (from 0) of a run."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{epoch}/epoch".encode(), digest_size=4).digest(), "big")
 
 
 def _texts(trajectory: Trajectory) -> str:

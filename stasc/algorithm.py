@@ -54,7 +54,7 @@ class Algorithm(ABC):
             def base_model(self, n: int) -> int:
                 return n - 1
 
-            def select(self, trajectories: Iterable[Trajectory]) -> Iterator[Example]:
+            def select(self, n: int, trajectories: Iterable[Trajectory]) -> Iterator[Example]:
                 return (t.learn() for t in trajectories if self.right(t.reward(2)))
 
     Args:
@@ -68,6 +68,14 @@ class Algorithm(ABC):
 
     uses_references: ClassVar[bool] = False
     """Whether it sees the references at inference, so that its rewards are an upper bound."""
+
+    questions_per_update: int | None = None
+    """On-policy, each of the ``epochs`` of an iteration is one update: so many questions are answered by the
+    weights as they are by then, and the optimiser takes one step on the sum of the losses of what ``select``
+    gives. None: D_n is made once in an iteration, of all questions, by M_{n-1}."""
+
+    stays_near_m0: bool = False
+    """Whether ``select`` gives examples with ``kl``, for which training keeps M_0 in memory too."""
 
     first_uses: ClassVar[FirstUses] = {
         "iterations": more_iterations,
@@ -133,12 +141,17 @@ class Algorithm(ABC):
     def base_model(self, n: int) -> int:
         """The number of the model that is fine-tuned in iteration ``n``: n - 1 or 0."""
 
+    def new_optimizer(self, n: int) -> bool:
+        """Whether iteration ``n`` begins with a new optimiser and schedule, or goes on with those before."""
+        return True
+
     @abstractmethod
-    def select(self, trajectories: Iterable[Trajectory]) -> Iterator[Example]:
+    def select(self, n: int, trajectories: Iterable[Trajectory]) -> Iterator[Example]:
         """D_n: what is learnt of the trajectories of iteration n, which come in the order of the questions.
 
         ``trajectory.learn()`` is the example that teaches its last answer for the prompt that asked for it;
-        it takes another turn, another prompt, or a weight, and a trajectory may give several examples.
+        it takes another turn, another prompt, a weight or a hold on M_0, and a trajectory may give several
+        examples.
         """
 
     def right(self, reward: float) -> bool:
@@ -207,7 +220,7 @@ class STaSC(Algorithm):
         """M_{n-1} under Evolving fine-tuning, else M_0."""
         return n - 1 if self.variant[2] == "E" else 0
 
-    def select(self, trajectories: Iterable[Trajectory]) -> Iterator[Example]:
+    def select(self, n: int, trajectories: Iterable[Trajectory]) -> Iterator[Example]:
         """D+ under the Improving filter, D+ and D= under the Non-decreasing one; the order is kept."""
         pairs = pair_all(trajectories) if self.pair_all else trajectories
         return (pair.learn() for pair in pairs if self._keeps(pair))
@@ -246,7 +259,7 @@ class STaR(Algorithm):
         """M_0."""
         return 0
 
-    def select(self, trajectories: Iterable[Trajectory]) -> Iterator[Example]:
+    def select(self, n: int, trajectories: Iterable[Trajectory]) -> Iterator[Example]:
         """Those that end right, learnt as a first answer without any hint."""
         return (t.learn(prompt="initial") for t in trajectories if not self.ends_wrong(t))
 
@@ -270,7 +283,7 @@ class SelfRefine(Algorithm):
         """M_0."""
         return 0
 
-    def select(self, trajectories: Iterable[Trajectory]) -> Iterator[Example]:
+    def select(self, n: int, trajectories: Iterable[Trajectory]) -> Iterator[Example]:
         """Nothing."""
         return iter(())
 

@@ -195,10 +195,12 @@ class STaSCCLI(LightningCLI):
         elif config.trainer.logger in (None, True):
             kwargs["logger"] = Curves(config.run_dir)
         # At the end of an epoch only: a checkpoint in its midst would skip an iteration on resume.
+        # On-policy an epoch is a single update, and a start goes on from the end of an iteration.
         checkpoint = ModelCheckpoint(
             run.checkpoints,
             filename=run.last_checkpoint.stem,
             enable_version_counter=False,
+            every_n_epochs=algorithm.epochs if algorithm.questions_per_update else 1,
             save_on_train_epoch_end=True,
         )
         callbacks = config.trainer.callbacks
@@ -228,6 +230,12 @@ class STaSCCLI(LightningCLI):
             if output.exists() and rank_zero_only.rank == 0:
                 raise UserError(f"{output} exists: choose another --data.output, or remove it.")
             return
+        self.model.on_policy, self.model.stays_near_m0 = (
+            experiment.on_policy,
+            experiment.algorithm.stays_near_m0,
+        )
+        if experiment.on_policy:
+            self.model.temperature = experiment.sampling.temperature
         self.model.check(self.trainer.strategy)
         if rank_zero_only.rank == 0:
             experiment.run.lock()

@@ -7,7 +7,9 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from stasc.run import Iteration, Run, read_json, write_json, write_lines
 from stasc.sampling import Sampler, Sampling
 from stasc.sampling.journal import Journal
 from stasc.sampling.probe import SEQUENCES, TOKENS, Probe
+from stasc.seeds import derived_seed
 from stasc.trajectory import Example, Question, Record, Records, Trajectory, to_json
 
 
@@ -114,6 +117,8 @@ class Experiment:
 
     def trajectories(self, n: int) -> Sequence[Trajectory]:
         """Step 2 (lines 6 and 7): N_corr corrections of each by M_{n-1}, and any further turns."""
+        if self.on_policy:  # ``updates_done`` has written them
+            return self._records(self.run.iteration(n).answers(len(self.algorithm.turns)), "train")
         trajectories = self.initial_answers(n)
         for number, turn in enumerate(self.algorithm.turns[1:], start=2):
             ask = partial(self._ask, n - 1, trajectories, [turn], self.sampling, f"iteration {n}", number)
@@ -123,7 +128,7 @@ class Experiment:
     def dataset(self, n: int) -> Sequence[Example]:
         """Step 3 (lines 8 to 12): D_n, what the filter keeps of them."""
         trajectories = self.trajectories(n)
-        return self._stage(self.run.iteration(n).dataset, "train", lambda: self._select(trajectories))
+        return self._stage(self.run.iteration(n).dataset, "train", lambda: self._select(n, trajectories))
 
     def base_model(self, n: int) -> int:
         """Step 4 (lines 13 to 16): the number of the model that training on D_n makes M_n."""
@@ -164,6 +169,59 @@ class Experiment:
             self._write(path, metrics | self._measured(n, metrics))
         return n
 
+    # ------------------------------------------------------------------ steps 1 to 3 on-policy
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether each training epoch samples its own share of D_n, with the weights as they are by then."""
+        return self.algorithm.questions_per_update is not None
+
+    def update(self, n: int, number: int) -> Sequence[Example]:
+        """Answers of the weights that train to an update's questions, and what is learnt of them.
+
+        No file is written before the iteration ends: a start that finds an iteration unfinished begins it
+        anew, and draws the same.
+
+        Args:
+            n: The iteration.
+            number: Of the update, from 0, counted over the whole run, whose draws follow from it.
+        """
+        if number % self.algorithm.epochs == 0:
+            self._updates: list[tuple[list[Trajectory], list[Example]]] = []
+            self.load(n - 1)
+        asked, name = unanswered(self._update_questions(number)), f"update {number + 1}"
+        trajectories = self._take(asked, self.algorithm.turns, self.sampling, name, line=False)
+        examples = list(self._select(n, trajectories))
+        self._updates.append((trajectories, examples))
+        return examples
+
+    def last_update(self) -> dict[str, float]:
+        """Mean rewards of the answers and of the corrections in the last update."""
+        trajectories, _ = self._updates[-1]
+        return {f"r{turn}": fmean(t.reward(turn) for t in trajectories) for turn in (1, 2)}
+
+    def take_over(self, folder: Path) -> None:
+        """Have the sampler hold the weights that train, which ``folder`` has."""
+        self.sampler.load(folder)
+        self._loaded = None
+
+    def updates_done(self, n: int) -> None:
+        """Write what the updates of iteration n have sampled and learnt, as other iterations do before."""
+        files = self.run.iteration(n)
+        if processes.rank() == 0:
+            columns = zip(*self._updates, strict=True)
+            for path, records in zip((files.answers(len(self.algorithm.turns)), files.dataset), columns):  # noqa: B905
+                self.run.note_lines(path, write_lines(path, map(to_json, chain(*records))))
+        processes.wait_for(files.dataset)
+
+    def _update_questions(self, number: int) -> list[Question]:
+        """Another part of the training questions for each update; when all were asked, all anew."""
+        questions, size = self.questions["train"], self.algorithm.questions_per_update
+        passes, part = divmod(number, len(questions) // size)
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, passes, "questions"))
+        order = torch.randperm(len(questions), generator=generator).tolist()
+        return [questions[i] for i in sorted(order[part * size : (part + 1) * size])]
+
     # ------------------------------------------------------------------ around it
 
     def start(self, device: torch.device, log: Path, memory: int | None = None) -> None:
@@ -176,7 +234,7 @@ class Experiment:
         """
         log.parent.mkdir(parents=True, exist_ok=True)
         self.rollout = Rollout(self.sampler, self.dialogue, self.answer, self.reward, self.seed, self.context)
-        self._loaded = 0
+        self._loaded: int | None = 0
         self.sampler.memory = memory
         self.sampler.start(self.base.path, device=device, context=self.context, log=log)
 
@@ -328,23 +386,38 @@ class Experiment:
     ) -> Sequence[Trajectory]:
         """Have M_n take some turns, the number of the first of which is ``first``."""
         self.load(n)
+        make_journal = partial(self._journal, n, sampling) if journal else None
+        return self._take(trajectories, turns, sampling, stage, first, make_journal)
+
+    def _take(
+        self,
+        trajectories: Iterable[Trajectory],
+        turns: Sequence[Turn],
+        sampling: Sampling,
+        stage: str,
+        first: int = 1,
+        make_journal: Callable[[str], Journal] | None = None,
+        *,
+        line: bool = True,
+    ) -> list[Trajectory]:
+        """Have the model that the sampler holds take some turns."""
         trajectories = list(trajectories)
         for number, turn in enumerate(turns, start=first):
             # A draw's seed follows from the name of its stage, so a third turn needs one that differs.
             name = stage if number <= 2 else f"{stage}, round {number - 1}"
-            make_journal = partial(self._journal, n, sampling) if journal else None
-            trajectories = self.rollout.ask(trajectories, turn, sampling, name, make_journal)
+            trajectories = self.rollout.ask(trajectories, turn, sampling, name, make_journal, line=line)
         return trajectories
 
     def load(self, n: int) -> None:
         """Have the sampler take M_n, and make sure that it did."""
         if n == self._loaded:
             return
-        folder, before = self.model_folder(n), self.run.iteration(self._loaded).probe
+        folder, before = self.model_folder(n), None
+        if self._loaded is not None and (path := self.run.iteration(self._loaded).probe).is_file():
+            before = Probe.read(path)
         self.sampler.load(folder)
         if n > 0:
-            probe = Probe.read(self.run.iteration(n).probe)
-            probe.check(self.sampler, folder, Probe.read(before) if before.is_file() else None)
+            Probe.read(self.run.iteration(n).probe).check(self.sampler, folder, before)
         self._loaded = n
 
     def _journal(self, n: int, sampling: Sampling, stage: str) -> Journal:
@@ -355,10 +428,10 @@ class Experiment:
         others = self.reuse.glob("**/draws/M_0") if self.reuse and n == 0 else ()
         return Journal(folder, stage, processes.rank(), json.dumps(follows_from), others)
 
-    def _select(self, trajectories: Iterable[Trajectory]) -> Iterator[Example]:
+    def _select(self, n: int, trajectories: Iterable[Trajectory]) -> Iterator[Example]:
         """What the algorithm selects, if it is what the algorithm says that it learns."""
         name = type(self.algorithm).__name__
-        for example in self.algorithm.select(trajectories):
+        for example in self.algorithm.select(n, trajectories):
             if not isinstance(example, Example):
                 kind = type(example).__name__
                 raise UserError(
@@ -369,6 +442,8 @@ class Experiment:
                     f"{name}.select gave an example for the prompt '{example.prompt}': "
                     f"add it to {name}.learns."
                 )
+            if example.kl and not self.algorithm.stays_near_m0:
+                raise UserError(f"{name}.select gave an example with kl: set {name}.stays_near_m0 to True.")
             yield example
 
     def _stage(self, path: Path, source: str, make: Callable[[], Iterable[Record]]) -> Records[Record]:
@@ -418,6 +493,8 @@ class Experiment:
                 "raise it, or set algorithm.n_init and algorithm.n_corr to 1."
             )
         self._check_models()
+        if self.on_policy and "train" in self.questions:
+            self._check_on_policy()
         learns = self.algorithm.learns if self.algorithm.iterations else set()
         asks = {turn.prompt for turn in (*self.algorithm.turns, *self.algorithm.test_turns(1))}
         check_prompts(self.dialogue.prompts, asks | learns, "data.prompts")
@@ -442,6 +519,24 @@ class Experiment:
                         f"{type(self.algorithm).__name__}.{name}({n}) gave {m!r}: it must give the number "
                         f"of a model that there is by then, from 0 to {most}."
                     )
+
+    def _check_on_policy(self) -> None:
+        """Find out whether an update's answers come from the distribution that it changes."""
+        name = type(self.algorithm).__name__
+        if self.sampling.top_p < 1 or self.sampling.temperature == 0:
+            raise UserError(
+                f"{name} learns from the whole distribution that it samples from: set data.sampling.top_p to "
+                "1, and data.sampling.temperature to 1 or at least above 0."
+            )
+        if self.training_dialogue.prompts != self.dialogue.prompts:
+            raise UserError(
+                f"{name} learns for the prompts that it samples with: leave data.training_prompts out."
+            )
+        if (size := self.algorithm.questions_per_update) > (count := len(self.questions["train"])):
+            raise UserError(
+                f"{name} asks {size} questions in an update, and data.train has {count}: lower "
+                "algorithm.questions."
+            )
 
     def _longest(self, name: str) -> int:
         """Tokens that the longest prompt of a question set and its answer can take.

@@ -57,10 +57,12 @@ class Progress:
     Args:
         title: What is done, such as ``iteration 1: corrections``.
         total: How many there are to do; None if it cannot be counted, and then there is nothing to expect.
+        line: Leave a line.
     """
 
-    def __init__(self, title: str, total: int | None = None) -> None:
+    def __init__(self, title: str, total: int | None = None, *, line: bool = True) -> None:
         self.title = title
+        self.line = line
         self.total = total
         self.done = 0
         self._note = ""
@@ -102,7 +104,7 @@ class Progress:
     def finish(self) -> None:
         """It is done: remove the bar, and leave a line."""
         self.close()
-        if self.total and self.total > 1:  # of one, as in a chat, there is no progress to tell
+        if self.line and self.total and self.total > 1:  # of one, as in a chat, there is no progress to tell
             self._say(f"{self.done:,}")
 
     def _say(self, count: str) -> None:
@@ -118,6 +120,31 @@ class Progress:
             self.finish()
         else:
             self.close()
+
+
+class Clock:
+    """Seconds of the phases that alternate in an iteration, in all and the last time."""
+
+    def __init__(self) -> None:
+        self.total: dict[str, float] = {}
+        self.last: dict[str, float] = {}
+        self._phase: str | None = None
+        self._since = time.monotonic()
+
+    def switch(self, phase: str | None) -> None:
+        """Begin a phase; None: what follows is in no phase."""
+        now = time.monotonic()
+        if self._phase is not None:
+            self.last[self._phase] = now - self._since
+            self.total[self._phase] = self.total.get(self._phase, 0.0) + self.last[self._phase]
+        self._phase, self._since = phase, now
+
+    def shares(self) -> str:
+        """The phases in words, such as ``sampling 61%, training 30%``; and all begins anew."""
+        total = sum(self.total.values())
+        words = ", ".join(f"{phase} {seconds / total:.0%}" for phase, seconds in self.total.items())
+        self.total = {}
+        return words
 
 
 class Pace:

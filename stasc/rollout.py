@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 
@@ -15,6 +14,7 @@ from stasc.prompting import Dialogue
 from stasc.reward import Reward
 from stasc.sampling import Draw, Request, Sampler, Sampling
 from stasc.sampling.journal import Journal
+from stasc.seeds import derived_seed
 from stasc.trajectory import Answer, Question, Trajectory
 
 Scored = tuple[Draw, str, float]
@@ -63,6 +63,8 @@ class Rollout:
         sampling: Sampling,
         stage: str,
         journal: Callable[[str], Journal] | None = None,
+        *,
+        line: bool = True,
     ) -> list[Trajectory]:
         """Each trajectory with one more answer, ``turn.samples`` times, in the order of the trajectories.
 
@@ -75,6 +77,7 @@ class Rollout:
             sampling: How they are drawn.
             stage: Name of the stage, from which the seeds follow.
             journal: Makes the journal of a stage, from which draws are read and to which they are written.
+            line: Say at the end how long it took.
         """
         asked = [trajectory for trajectory in trajectories if turn.asks(trajectory)]
         groups: dict[tuple[str, tuple[int, ...]], list[Trajectory]] = {}
@@ -83,11 +86,11 @@ class Rollout:
             groups.setdefault((trajectory.question.id, tuple(prompt)), []).append(trajectory)
         requests, questions = [], []
         for (_, prompt), group in groups.items():
-            seed = self._seed(stage, turn.prompt, group[0].question.id, *group[0].path)
+            seed = derived_seed(self.seed, stage, turn.prompt, group[0].question.id, *group[0].path)
             requests.append(Request(prompt, turn.samples * len(group), seed))
             questions.append(group[0].question)
         title = f"{stage}: {_TITLES.get(turn.prompt, turn.prompt)}"
-        scored = self._complete(requests, questions, sampling, title, journal and journal(title))
+        scored = self._complete(requests, questions, sampling, title, journal and journal(title), line=line)
         answers: dict[tuple[str, tuple[int, ...]], list[Scored]] = {}
         for group, drawn in zip(groups.values(), scored, strict=True):
             for i, trajectory in enumerate(group):
@@ -114,11 +117,6 @@ class Rollout:
                 f"{self.context}; lower max_tokens or shorten the prompts."
             )
 
-    def _seed(self, *path: str | int) -> int:
-        """The seed of one request: 32 bits, all that torch's CPU generator takes in."""
-        key = "/".join(map(str, (self.seed, *path))).encode()
-        return int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "big")
-
     def _complete(
         self,
         requests: Sequence[Request],
@@ -126,6 +124,8 @@ class Rollout:
         sampling: Sampling,
         title: str,
         journal: Journal | None,
+        *,
+        line: bool,
     ) -> list[list[Scored]]:
         """The draws of every request, each with its text and its reward."""
         rank = processes.rank()
@@ -144,7 +144,7 @@ class Rollout:
                 self.sampler.wait()
         if processes.count() > 1:
             title += f", process 1 of {processes.count()}"
-        with Progress(title, sum(missing[i].n for i in share)) as progress:
+        with Progress(title, sum(missing[i].n for i in share), line=line) as progress:
             for at, draws in self.sampler.sample(
                 [missing[i] for i in share], sampling, self.dialogue.stop_ids
             ):

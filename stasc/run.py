@@ -143,6 +143,8 @@ class Run:
         self.last_checkpoint = self.checkpoints / "last.ckpt"
         self.draws = self.folder / "draws"
         """Draws of the stage under way, and all draws of M_0."""
+        self.handover = self.folder / "handover"
+        """The weights between two on-policy updates; nothing of it outlives a start."""
         self._lock: IO[str] | None = None
 
     def iteration(self, n: int) -> Iteration:

@@ -99,29 +99,34 @@ class Trajectory:
         """The first so many answers of the chain."""
         return Trajectory(self.question, self.answers[:turn])
 
-    def learn(self, turn: int | None = None, prompt: str | None = None, weight: float = 1.0) -> Example:
+    def learn(
+        self, turn: int | None = None, prompt: str | None = None, weight: float = 1.0, kl: float = 0.0
+    ) -> Example:
         """One of the answers as a training example.
 
         Args:
             turn: Which answer is learnt, counted from 1; by default the last.
             prompt: The prompt that it is learnt for; by default the one that asked for it.
             weight: Factor of the loss of each of its tokens; below 0 it is unlearnt.
+            kl: Factor of what holds the model near M_0 at each of its tokens: the Kullback-Leibler divergence
+                of its next token's distribution from M_0's. Its algorithm says ``stays_near_m0``.
         """
         turn = turn or self.turn
-        return Example(self, turn, prompt or self.answers[turn - 1].prompt, float(weight))
+        return Example(self, turn, prompt or self.answers[turn - 1].prompt, float(weight), float(kl))
 
 
 @dataclass(frozen=True)
 class Example:
     """A member of D_n: a trajectory, and which of its answers is learnt, for which prompt, how strongly.
 
-    The prompt is rendered with the answers before ``turn``.
+    The prompt is rendered with the answers before ``turn``. ``weight`` and ``kl`` are those of ``learn``.
     """
 
     trajectory: Trajectory
     turn: int
     prompt: str
     weight: float = 1.0
+    kl: float = 0.0
 
     @property
     def answer(self) -> Answer:
@@ -137,6 +142,7 @@ def to_json(record: Trajectory | Example) -> str:
     fields: dict[str, Any] = {}
     if isinstance(record, Example):
         fields["learn"] = {"turn": record.turn, "prompt": record.prompt, "weight": record.weight}
+        fields["learn"] |= {"kl": record.kl} if record.kl else {}
         record = record.trajectory
     question = {name: getattr(record.question, name) for name in ("id", "text", "references")}
     fields |= {"turn": record.turn, "question": question, "answers": record.answers}

@@ -22,7 +22,7 @@ def trajectory(r1: float, r2: float) -> Trajectory:
 
 
 def kept(algorithm, trajectories) -> list[tuple[float, ...]]:
-    return [tuple(a.reward for a in e.trajectory.answers) for e in algorithm.select(trajectories)]
+    return [tuple(a.reward for a in e.trajectory.answers) for e in algorithm.select(1, trajectories)]
 
 
 def test_there_are_eight_variants_in_the_order_of_the_papers_table():
@@ -71,7 +71,7 @@ def test_an_answer_that_was_not_corrected_is_no_correction_to_learn():
 
 
 def test_what_is_learnt_is_the_correction_with_weight_one():
-    (example,) = STaSC().select([trajectory(0, 1)])
+    (example,) = STaSC().select(1, [trajectory(0, 1)])
     assert (example.turn, example.prompt, example.weight) == (2, "correction", 1.0)
 
 
@@ -93,18 +93,18 @@ def test_as_released_the_retained_set_is_that_of_the_releases_rule(variant):
             r1, r2 = first.reward(1), second.reward(2)
             if r1 < r2 if variant == "EIF" else r1 == r2 == 1:
                 expected.add((f"{q}", first.after(1).text, second.after(2).text))
-    found = [e.trajectory for e in STaSC(variant, pair_all=True, only_equal=True).select(trajectories)]
+    found = [e.trajectory for e in STaSC(variant, pair_all=True, only_equal=True).select(1, trajectories)]
     pairs = [(t.question.id, t.after(1).text, t.after(2).text) for t in found]
     assert len(pairs) == len(set(pairs))
     assert set(pairs) == expected
     assert len({(t.question.id, t.path) for t in found}) == len(found)
-    assert len(expected) > len(list(STaSC(variant, only_equal=True).select(trajectories)))
+    assert len(expected) > len(list(STaSC(variant, only_equal=True).select(1, trajectories)))
 
 
 def test_star_keeps_what_ends_right_as_a_first_answer_and_always_starts_from_m0():
     algorithm = STaR(n_corr=2)
     alone = Trajectory(QUESTION, (answer("a", 1.0),))
-    examples = list(algorithm.select([*(trajectory(0, r2) for r2 in (0, 1)), alone]))
+    examples = list(algorithm.select(1, [*(trajectory(0, r2) for r2 in (0, 1)), alone]))
     assert [(e.trajectory.turn, e.turn, e.prompt) for e in examples] == [(2, 2, "initial"), (1, 1, "initial")]
     assert [(algorithm.initial_model(n), algorithm.base_model(n)) for n in (1, 4)] == [(0, 0), (3, 0)]
     hinted = algorithm.turns[1]
@@ -124,8 +124,8 @@ def test_only_the_oracle_asks_the_reward_before_it_goes_on():
 
 
 def test_the_docs_own_system():
-    page = (ROOT / "docs/system.md").read_text()
-    code = re.search(r'```python title="my_systems.py"\n(.*?)```', page, re.DOTALL)[1]
+    page = (ROOT / "docs/own_system.md").read_text()
+    code = re.search(r'```python title="third_look.py"\n(.*?)```', page, re.DOTALL)[1]
     scope: dict = {}
     exec(code, scope)
     system = scope["ThirdLook"](n_init=2)
@@ -133,7 +133,7 @@ def test_the_docs_own_system():
     chain = [answer("a", 1.0), answer("b", 0.0), answer("c", 1.0)]
     trajectories = [corrected(QUESTION, *chain[:length]) for length in (2, 3)]
     assert [system.turns[2].asks(trajectory) for trajectory in trajectories] == [True, False]
-    learnt = [(example.answer.text, example.weight) for example in system.select(trajectories)]
+    learnt = [(example.answer.text, example.weight) for example in system.select(1, trajectories)]
     assert learnt == [("c", 1.0), ("b", -0.2)]
 
 

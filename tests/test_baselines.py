@@ -67,7 +67,7 @@ def test_stars_example_is_the_first_answer_to_the_plain_question():
         for text, reward in (("b", 0), ("a", 1))
     )
     trajectory = corrected(Question("q", "which?", ("a",)), wrong, right)
-    (example,) = STaR().select([trajectory])
+    (example,) = STaR().select(1, [trajectory])
     prompt, target = dialogue.example(example)
     assert prompt == dialogue.ask("initial", [trajectory.upto(0)])[0]
     assert target == [*right.token_ids, dialogue.end_of_turn]

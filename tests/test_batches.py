@@ -85,7 +85,7 @@ EXAMPLES: dict[str, list[TokenizedExample]] = {
 def one_by_one(model: PreTrainedModel, examples: Sequence[TokenizedExample]) -> Tensor:
     """The weighted sum over all targets by the model's own logits, one example at a time, without padding."""
     losses = []
-    for prompt, target, weight in examples:
+    for prompt, target, weight, _ in examples:
         logits = model(input_ids=torch.tensor([prompt + target])).logits[0, len(prompt) - 1 : -1]
         losses.append(-weight * logits.log_softmax(-1)[range(len(target)), target].sum())
     return torch.stack(losses).sum()

@@ -1,6 +1,8 @@
 """Systems of users, named by their class path: three turns with weights, and one without options."""
 
 import json
+import re
+import shlex
 from collections import Counter
 from pathlib import Path
 
@@ -156,3 +158,35 @@ def test_select_that_gives_trajectories_is_told_what_it_must_give(stasc, tmp_pat
     done = stasc(*arguments[:3], "--algorithm", "users_own.GivesTrajectories", *arguments[3:])
     assert done.returncode == 2
     assert "stasc: GivesTrajectories.select gave a Trajectory: it must give examples" in done.stderr
+
+
+def of_page(folder: Path) -> dict[str, list[str]]:
+    """Writes the files that the page shows; the command of each of its systems."""
+    page, commands = (ROOT / "docs/own_system.md").read_text(), {}
+    for name, text in re.findall(r'```\w+ title="(.+?)"\n(.*?)```', page, re.DOTALL):
+        (folder / name).write_text(text)
+    for text in re.findall(r"```bash\n(.*?)```", page, re.DOTALL):
+        words = shlex.split(text.replace("\\\n", " "))
+        if "--algorithm" in words:
+            commands[words[words.index("--algorithm") + 1].partition(".")[0]] = words[3:]
+    return commands
+
+
+@pytest.mark.parametrize("system", ["by_gain", "third_look", "rewarded"])
+def test_the_systems_of_the_page_run(stasc, prompts, tmp_path, system):
+    command = [word.replace("configs/", f"{ROOT}/configs/") for word in of_page(tmp_path)[system]]
+    sizes = ("--algorithm.epochs", 2, "--algorithm.iterations", 1, "--data.train.init_args.size", 120)
+    few = ("--data.test.init_args.size", 4, "--sampler", "TransformersSampler", "--model.learning_rate", 1e-3)
+    if system == "third_look":  # in words that the demo's model knows
+        known = yaml.safe_load(prompts.read_text())
+        (tmp_path / "my_prompts.yaml").write_text(yaml.safe_dump(known | {"third_look": known["correction"]}))
+    done = stasc(*command, *sizes, *few, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    files = Run(tmp_path / "runs" / system).iteration(1)
+    examples = list(Records(files.dataset))
+    assert examples
+    assert json.loads(files.training.read_text())["training"]["steps"] > 0
+    if system == "rewarded":
+        assert {example.kl * len(Records(files.answers(2))) / 2 for example in examples} == {0.01}
+    else:
+        assert {example.kl for example in examples} == {0.0}

@@ -44,7 +44,7 @@ class ThreeTurns(Algorithm):
     def base_model(self, n: int) -> int:
         return n - 1
 
-    def select(self, trajectories: Iterable[Trajectory]) -> Iterator[Example]:
+    def select(self, n: int, trajectories: Iterable[Trajectory]) -> Iterator[Example]:
         for trajectory in trajectories:
             if trajectory.turn == 3 and improves(trajectory):
                 yield trajectory.learn()
@@ -68,14 +68,14 @@ class TwoIterations(Algorithm):
     def base_model(self, n: int) -> int:
         return 0
 
-    def select(self, trajectories: Iterable[Trajectory]) -> Iterator[Example]:
+    def select(self, n: int, trajectories: Iterable[Trajectory]) -> Iterator[Example]:
         return (trajectory.learn() for trajectory in trajectories if self.right(trajectory.reward(2)))
 
 
 class GivesTrajectories(TwoIterations):
     """Mistakes trajectories for examples."""
 
-    def select(self, trajectories: Iterable[Trajectory]) -> Iterator[Trajectory]:
+    def select(self, n: int, trajectories: Iterable[Trajectory]) -> Iterator[Trajectory]:
         return iter(trajectories)
 
 
@@ -142,6 +142,25 @@ class Fail(Kill):
 
     def _end(self) -> None:
         raise RuntimeError("a callback failed")
+
+
+class WatchesEngine(Callback):
+    """Compares what the engine holds with what trains, and kills the engine after the first update."""
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        data, experiment = trainer.datamodule, trainer.datamodule.experiment
+        sequences = experiment.probe_sequences()
+        found = experiment.sampler.log_probabilities(sequences)
+        with torch.no_grad():
+            for ids, values in zip(sequences, found, strict=True):
+                scores = pl_module.model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+                expected = scores.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+                torch.testing.assert_close(torch.tensor(values), expected, rtol=0, atol=1e-4)
+        link = experiment.run.handover / f"update-{data.epochs_done}" / "model.safetensors"
+        with (Path(trainer.default_root_dir) / "links").open("a") as links:
+            print(data.epochs_done, link.readlink().readlink() if link.is_symlink() else None, file=links)
+        if data.epochs_done == 1:
+            experiment.sampler._engine.kill()
 
 
 class KeepsABatch(Callback):

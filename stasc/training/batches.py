@@ -20,11 +20,12 @@ from stasc.trajectory import Example
 
 
 class TokenizedExample(NamedTuple):
-    """An example as token ids: the prompt carries no loss, each token of the target carries ``weight``."""
+    """An example as token ids: the prompt carries no loss, its target ``weight`` and ``kl``."""
 
     prompt: list[int]
     target: list[int]
     weight: float = 1.0
+    kl: float = 0.0
 
     @property
     def tokens(self) -> list[int]:
@@ -39,7 +40,7 @@ class Batch:
     There are two layouts. Padded rows: each row holds one example, padded on the right, and ``subtree_ends``
     is None. Prefix tree: a single row holds every shared prefix once, and ``subtree_ends`` describes it.
 
-    A target that several examples learn at the same index is listed once, with the sum of their weights.
+    A target that several examples learn at the same index is listed once, with the sums of their factors.
 
     Attributes:
         input_ids: int64 of shape [rows, width].
@@ -49,6 +50,8 @@ class Batch:
             [targets].
         targets: The tokens they predict, int64 of shape [targets].
         weights: Factor of the loss of each target, float32 of shape [targets].
+        kls: Factor of the divergence from M_0 where each target is predicted, float32 of shape [targets];
+            None if no example of the optimiser step has one.
         tokens: Target tokens of all examples of the micro-batch, shared ones counted as often as learnt.
         step_tokens: The same for the whole optimiser step: all its micro-batches on all processes.
         ends_step: Whether this is the last micro-batch of its step.
@@ -60,6 +63,7 @@ class Batch:
     predictors: Tensor
     targets: Tensor
     weights: Tensor
+    kls: Tensor | None
     tokens: int
     step_tokens: int
     ends_step: bool
@@ -92,7 +96,7 @@ class CorrectionBatches(Dataset):
         accumulate: Least number of micro-batches per optimiser step and process.
 
     Raises:
-        UserError: A single example exceeds the budget, or its weight is not finite.
+        UserError: A single example exceeds the budget, or its factors are not finite.
     """
 
     def __init__(
@@ -143,7 +147,10 @@ class CorrectionBatches(Dataset):
         parts = step.divide(self.token_budget, (end - start) * self.ranks)
         part = parts[(index - start) * self.ranks + self.rank]
         lay_out = pack if self.prefix_sharing else pad
-        return lay_out(part, step.tokens, ends_step=index == end - 1)
+        batch = lay_out(part, step.tokens, ends_step=index == end - 1)
+        if not step.has_kl:  # which all processes must agree on
+            batch.kls = None
+        return batch
 
     def examples(self, step: int) -> list[TokenizedExample]:
         """The examples of an optimiser step, of all processes."""
@@ -158,17 +165,17 @@ class CorrectionBatches(Dataset):
         return self._last_step[1]
 
     def _tokenize(self, example: Example) -> TokenizedExample:
-        tokenized = TokenizedExample(*self.render(example), example.weight)
+        tokenized = TokenizedExample(*self.render(example), example.weight, example.kl)
         question = example.trajectory.question.id
         if (size := len(tokenized.tokens)) > self.token_budget:
             raise UserError(
                 f"data.batches.token_budget is {self.token_budget}, and the training example of question "
                 f"'{question}' has {size} tokens: raise it."
             )
-        if not math.isfinite(example.weight):
+        if not math.isfinite(example.weight) or not 0 <= example.kl < math.inf:
             raise UserError(
-                f"the training example of question '{question}' has weight {example.weight}: "
-                "the algorithm must give finite weights."
+                f"the training example of question '{question}' has weight {example.weight} and kl "
+                f"{example.kl}: the algorithm must give finite weights, and no kl below 0."
             )
         return tokenized
 
@@ -188,6 +195,7 @@ class _Step:
         self.examples = sorted(examples, key=lambda e: e.tokens if prefix_sharing else len(e.tokens))
         self.tokens = sum(len(example.target) for example in self.examples)
         """Target tokens of the step."""
+        self.has_kl = any(example.kl for example in self.examples)
         sequences = [np.asarray(example.tokens, dtype=np.int64) for example in self.examples]
         self._lengths = [len(sequence) for sequence in sequences]
         self._shared = [0, *(common_prefix(a, b) for a, b in itertools.pairwise(sequences))]
@@ -257,17 +265,21 @@ def _batch(
         [path[len(e.prompt) - 1 :][: len(e.target)] for path, e in zip(paths, examples, strict=True)]
     )
     targets = np.array([token for e in examples for token in e.target], dtype=np.int64)
-    weights = np.repeat([e.weight for e in examples], [len(e.target) for e in examples])
     # One number for each pair of index and token, as both fit into 32 bits.
     pairs, pair = np.unique(predictors << 32 | targets, return_inverse=True)
-    summed = np.bincount(pair, weights, minlength=len(pairs))
+    lengths = [len(e.target) for e in examples]
+    weights, kls = (
+        torch.from_numpy(np.bincount(pair, np.repeat(of_each, lengths), len(pairs)).astype(np.float32))
+        for of_each in ([e.weight for e in examples], [e.kl for e in examples])
+    )
     return Batch(
         torch.from_numpy(input_ids),
         torch.tensor(position_ids),
         None if subtree_ends is None else torch.from_numpy(subtree_ends),
         torch.from_numpy(pairs >> 32),
         torch.from_numpy(pairs & 0xFFFFFFFF),
-        torch.from_numpy(summed.astype(np.float32)),
+        weights,
+        kls,
         len(targets),
         step_tokens,
         ends_step,

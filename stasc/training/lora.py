@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -55,6 +56,23 @@ class LoRA:
             UserError: ``target_modules`` has a name that no linear layer of the model has.
         """
         self._wrap(model)
+
+    @contextmanager
+    def off(self, model: PreTrainedModel) -> Iterator[None]:
+        """Let a model with adapters compute as M_0 does: without them, and without dropout."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        layers, training = [m for m in model.modules() if isinstance(m, BaseTunerLayer)], model.training
+        model.eval()
+        for layer in layers:
+            # Its enable_adapters would switch requires_grad too, which FSDP takes as it was when it wrapped.
+            layer._disable_adapters = True
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer._disable_adapters = False
+            model.train(training)
 
     def merge(self, weights: dict[str, Tensor], empty: PreTrainedModel) -> dict[str, Tensor]:
         """The weights of a plain model with the same outputs as the model with adapters.

@@ -1,8 +1,9 @@
-"""Loss over correction tokens without holding all logits."""
+"""Loss over the tokens of answers without holding all logits."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -14,12 +15,15 @@ from stasc.errors import UserError
 from stasc.training.batches import Batch, TokenizedExample, pack, pad
 from stasc.training.masks import prefix_tree_masks
 
+if TYPE_CHECKING:
+    from stasc.training.lora import LoRA
+
 MAX_LOGITS = 2**25
 """Logits that are held at once: 128 MiB in float32."""
 
 
 class NegativeLogLikelihood:
-    """Weighted sum of the negative log-likelihoods of a batch's targets.
+    """Weighted sum of the negative log-likelihoods of a batch's targets, and of divergences from M_0.
 
     Logits are computed once and only where a target is predicted, at most ``MAX_LOGITS`` of them at a time.
     That needs a plain head: logits that are the product of the hidden states and the output embedding alone.
@@ -29,13 +33,24 @@ class NegativeLogLikelihood:
         model: A causal language model, with or without adapters, before a strategy shards it.
         attention: ``auto`` is what transformers chooses for the model: sdpa, where the model has it. ``flex``
             is FlexAttention, which skips blocks that no token attends to: for CUDA and long batches.
+        temperature: What logits are divided by: the distribution that is learnt is the one at this
+            temperature. On-policy it is that of sampling.
 
     Raises:
         UserError: The model does not have FlexAttention.
     """
 
-    def __init__(self, model: PreTrainedModel, attention: Literal["auto", "flex"] = "auto") -> None:
+    penalty: Tensor | float = 0.0
+    """The divergences in the last sum, with their factors."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        attention: Literal["auto", "flex"] = "auto",
+        temperature: float = 1.0,
+    ) -> None:
         self.model = model
+        self.temperature = temperature
         self.flex = False
         training = model.training
         model.eval()
@@ -50,22 +65,42 @@ class NegativeLogLikelihood:
                     f"model.attention is flex, which {model.config.model_type} does not have: set it to auto."
                 ) from error
 
-    def __call__(self, batch: Batch) -> Tensor:
-        """The sum over all targets of weight times negative log-likelihood, a float32 scalar.
+    def __call__(self, batch: Batch, reference: Reference | None = None) -> Tensor:
+        """The sum over all targets of what they are learnt for, a float32 scalar.
+
+        That is weight times negative log-likelihood and, where the batch has ``kls``, these times the
+        divergence KL(model || reference) of the distributions over the whole vocabulary from which the target
+        was drawn. Summed over the tokens of an answer that the model has drawn, the divergences have the
+        divergence of the distributions over answers as their expectation.
 
         It depends on all parameters even if the batch has no targets, as DDP requires.
+
+        Args:
+            batch: The micro-batch.
+            reference: M_0; needed where the batch has ``kls``.
 
         Raises:
             UserError: The batch shares prefixes, and the model does not support that.
         """
         self.check(prefix_sharing=batch.subtree_ends is not None)
-        head = self.model.get_output_embeddings()
-        if self.has_plain_head and type(head) is torch.nn.Linear:  # FSDP may have wrapped it since
-            return _ChunkedNLL.apply(self._hidden_states(batch), head.weight, batch.targets, batch.weights)
-        losses = torch.nn.functional.cross_entropy(
-            self._logits(batch).float(), batch.targets, reduction="none"
-        )
-        return (losses * batch.weights).sum()
+        held = () if batch.kls is None else (batch.kls, *reference(batch))
+        if self.chunks:
+            head, hidden = self.model.get_output_embeddings().weight, self._hidden_states(batch)
+            loss, self.penalty = _ChunkedNLL.apply(hidden, head, batch.targets, batch.weights, *held)
+            return loss
+        found = self._logits(batch).float().log_softmax(-1)
+        loss = -(found.gather(1, batch.targets[:, None])[:, 0] * batch.weights).sum()
+        if held:
+            kls, logits, _ = held
+            divergences = (found.exp() * (found - logits.float().log_softmax(-1))).sum(-1)
+            penalty = (kls * divergences).sum()
+            loss, self.penalty = loss + penalty, penalty.detach()
+        return loss
+
+    @property
+    def chunks(self) -> bool:
+        """Whether the logits come from the hidden states, chunk by chunk; FSDP may have wrapped the head."""
+        return self.has_plain_head and type(self.model.get_output_embeddings()) is torch.nn.Linear
 
     def check(self, *, prefix_sharing: bool) -> None:
         """Raise UserError if batches share prefixes and the model does not support that."""
@@ -88,16 +123,19 @@ class NegativeLogLikelihood:
         }
 
     def _hidden_states(self, batch: Batch) -> Tensor:
-        """The input of the output embedding where a target is predicted, of shape [targets, hidden size]."""
+        """The input of the output embedding where a target is predicted, of shape [targets, hidden size].
+
+        It is divided by the temperature, as the logits are then too.
+        """
         output = self.model.get_decoder()(**self._inputs(batch))
-        return output.last_hidden_state.flatten(0, 1)[batch.predictors]
+        return output.last_hidden_state.flatten(0, 1)[batch.predictors] / self.temperature
 
     def _logits(self, batch: Batch) -> Tensor:
         """The model's own logits where a target is predicted, of shape [targets, vocabulary]."""
         width = batch.input_ids.shape[1]
         columns, column = (batch.predictors % width).unique(return_inverse=True)
         logits = self.model(**self._inputs(batch), logits_to_keep=columns).logits
-        return logits[batch.predictors // width, column]
+        return logits[batch.predictors // width, column] / self.temperature
 
     @torch.no_grad()
     def _probe_model(self) -> tuple[bool, bool]:
@@ -126,6 +164,32 @@ class NegativeLogLikelihood:
         return has_plain_head, supports_prefix_sharing
 
 
+class Reference:
+    """M_0, from which the model that trains shall not go far: a frozen copy, or that model less its adapters.
+
+    Args:
+        loss: Of M_0, or of the model that trains and has adapters.
+        lora: Turns the adapters off; None for a copy.
+    """
+
+    def __init__(self, loss: NegativeLogLikelihood, lora: LoRA | None = None) -> None:
+        self.loss = loss
+        self.lora = lora
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """What M_0's logits where a batch's targets are predicted are made of.
+
+        Returns:
+            Hidden states of shape [targets, hidden size] and the output embedding, of which they are the
+            product; or the logits themselves, and None, if the model does not have a plain head.
+        """
+        with self.lora.off(self.loss.model) if self.lora else nullcontext():
+            if self.loss.chunks:
+                return self.loss._hidden_states(batch), self.loss.model.get_output_embeddings().weight
+            return self.loss._logits(batch), None
+
+
 class _ChunkedNLL(torch.autograd.Function):
     """Weighted negative log-likelihood of the targets, from hidden states and the output embedding.
 
@@ -137,8 +201,17 @@ class _ChunkedNLL(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-        """The weighted sum, in float32 or, for float64 inputs, in float64.
+    def forward(
+        ctx: FunctionCtx,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        kls: Tensor | None = None,
+        reference_hidden: Tensor | None = None,
+        reference_weight: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The weighted sum, and the part of the divergences in it; in float32, or float64 for such inputs.
 
         Args:
             ctx: Keeps the gradients for ``backward``.
@@ -146,21 +219,34 @@ class _ChunkedNLL(torch.autograd.Function):
             weight: The output embedding, of shape [vocabulary, hidden size].
             targets: Token ids, int64 of shape [targets].
             weights: Factor of each target's loss, float32 of shape [targets].
+            kls: Factor of each divergence from the reference, float32 of shape [targets].
+            reference_hidden: The reference's hidden states.
+            reference_weight: The reference's output embedding.
         """
         if torch.is_autocast_enabled(hidden.device.type):
             dtype = torch.get_autocast_dtype(hidden.device.type)
             hidden, weight = hidden.to(dtype), weight.to(dtype)
+            if kls is not None:
+                reference_hidden, reference_weight = reference_hidden.to(dtype), reference_weight.to(dtype)
         exact = torch.promote_types(hidden.dtype, torch.float32)
-        loss = hidden.new_zeros((), dtype=exact)
+        loss, penalty = (hidden.new_zeros((), dtype=exact) for _ in range(2))
         hidden_grad = torch.empty_like(hidden)
         weight_grad = torch.zeros_like(weight, dtype=exact) if ctx.needs_input_grad[1] else None
         rows = max(1, MAX_LOGITS // len(weight))
-        columns = (hidden, hidden_grad, targets[:, None], weights[:, None].to(exact))
-        for states, states_grad, target, factor in zip(*(c.split(rows) for c in columns), strict=True):
+        columns = [hidden, hidden_grad, targets[:, None], weights[:, None].to(exact)]
+        columns += [] if kls is None else [kls[:, None].to(exact), reference_hidden]
+        for states, states_grad, target, factor, *held in zip(*(c.split(rows) for c in columns), strict=True):
             log_probabilities = (states @ weight.T).log_softmax(-1, dtype=exact)
             loss -= (log_probabilities.gather(1, target) * factor).sum()
+            if held:
+                held_factor, reference_states = held
+                reference = (reference_states @ reference_weight.T).log_softmax(-1, dtype=exact)
+                held_sum, held_grad = _divergences(log_probabilities, reference, held_factor)
+                penalty += held_sum
             # d loss / d logits = factor * (probabilities - one_hot(target))
             logits_grad = log_probabilities.exp_().mul_(factor).scatter_add_(1, target, -factor)
+            if held:
+                logits_grad += held_grad
             logits_grad = logits_grad.to(states.dtype)
             torch.mm(logits_grad, weight, out=states_grad)
             if weight_grad is None:
@@ -170,11 +256,26 @@ class _ChunkedNLL(torch.autograd.Function):
             else:
                 weight_grad += logits_grad.T @ states
         ctx.save_for_backward(hidden_grad, weight_grad)
-        return loss
+        ctx.mark_non_differentiable(penalty)
+        return loss + penalty, penalty
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of ``hidden`` and ``weight``; autograd casts them to the dtypes of the inputs."""
         hidden_grad, weight_grad = ctx.saved_tensors
-        return hidden_grad * gradient, None if weight_grad is None else weight_grad.mul_(gradient), None, None
+        of_weight = None if weight_grad is None else weight_grad.mul_(gradient)
+        return hidden_grad * gradient, of_weight, *[None] * 5
+
+
+def _divergences(log_probabilities: Tensor, reference: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
+    """The weighted sum of KL(model || reference) over positions, and its gradient for the model's logits.
+
+    Args:
+        log_probabilities: The model's, of shape [positions, vocabulary].
+        reference: The reference's, of the same shape.
+        factors: Of each position, of shape [positions, 1].
+    """
+    probabilities, ratios = log_probabilities.exp(), log_probabilities - reference
+    divergences = (probabilities * ratios).sum(-1, keepdim=True)
+    return (divergences * factors).sum(), (ratios - divergences) * probabilities * factors

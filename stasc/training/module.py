@@ -23,7 +23,7 @@ from stasc.model_folder import ModelFolder
 from stasc.run import NEVER, START, TRAINING, FirstUses
 from stasc.training.batches import Batch
 from stasc.training.lora import LoRA
-from stasc.training.loss import NegativeLogLikelihood
+from stasc.training.loss import NegativeLogLikelihood, Reference
 from stasc.training.weights import empty_model, load_model
 
 ACCUMULATE_ON = 2**30
@@ -59,9 +59,10 @@ class CorrectionSFT(LightningModule):
     """Fine-tunes M_0 or M_{n-1} on D_n, with the same result on one device, under DDP and under FSDP.
 
     The loss of an optimiser step is the sum over its target tokens of weight times negative log-likelihood,
-    divided by the number of target tokens; with all weights 1 that is the mean. It does not depend on the
-    number of processes or micro-batches. The optimiser is AdamW, the schedule a cosine with warm-up over one
-    iteration (section 3 and appendix A of the paper).
+    divided by the number of target tokens; with all weights 1 that is the mean. On-policy it is that sum, and
+    what holds the model near M_0. It does not depend on the number of processes or micro-batches. The
+    optimiser is AdamW, the schedule a cosine with warm-up over one iteration (section 3 and appendix A of the
+    paper) or, on-policy, over all iterations that the optimiser lasts.
 
     Args:
         base: M_0, a model folder or hub id; or a model that is made on first use: ``demo``, the small one of
@@ -118,11 +119,20 @@ class CorrectionSFT(LightningModule):
         self.gradient_checkpointing = gradient_checkpointing
         self.attention = attention
         self.template = template
+        # What the system asks of training; whoever puts the parts of the program together sets it.
+        self.on_policy = False
+        self.stays_near_m0 = False
+        self.temperature = 1.0
+        """That at which the answers were drawn, if it is on-policy."""
         self.iteration_steps = 1
-        """Optimiser steps of the current iteration; set by the outer loop when D_n is known."""
+        """Optimiser steps of the schedule; set by the outer loop when it begins one."""
         self.epoch_loss = MeanMetric()
         self.step_loss = 0.0
         """This process' part of the current optimiser step's loss, over its micro-batches so far."""
+        self.step_penalty = 0.0
+        """The divergences from M_0 in it."""
+        self.reference: Reference | None = None
+        """M_0, if the system stays near it."""
 
     def check(self, strategy: Strategy) -> None:
         """Find options that do not go with M_0 or the strategy, before an engine starts or a file is written.
@@ -163,8 +173,9 @@ class CorrectionSFT(LightningModule):
         if self.lora:
             self.lora.add_to(model)
         sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+        copy_of_m0 = sum(size for size, _ in sizes) if self.stays_near_m0 and not self.lora else 0
         return training_bytes(
-            frozen=sum(size for size, trains in sizes if not trains),
+            frozen=sum(size for size, trains in sizes if not trains) + copy_of_m0 * shards,
             trained=sum(size for size, trains in sizes if trains),
             shards=shards,
             gradients=isinstance(strategy, DDPStrategy) or strategy.root_device.type == "cpu",
@@ -176,7 +187,9 @@ class CorrectionSFT(LightningModule):
             self.model = load_model(ModelFolder.locate(self.base).path, self.lora)
             if self.gradient_checkpointing:
                 self.model.gradient_checkpointing_enable({"use_reentrant": False})
-            self.loss = NegativeLogLikelihood(self.model, self.attention)
+            self.loss = NegativeLogLikelihood(self.model, self.attention, self.temperature)
+            if self.stays_near_m0:
+                self.reference = self._reference()
         strategy = self.trainer.strategy
         if isinstance(strategy, FSDPStrategy) and strategy.mixed_precision is None:
             # Lightning has FSDP round buffers like parameters. In bf16 the rotary frequencies, which are
@@ -184,6 +197,13 @@ class CorrectionSFT(LightningModule):
             strategy.mixed_precision = dataclasses.replace(
                 strategy.mixed_precision_config, buffer_dtype=torch.float32
             )
+
+    def _reference(self) -> Reference:
+        if self.lora:
+            return Reference(self.loss, self.lora)
+        # A NegativeLogLikelihood is no module, so no strategy shards its model, saves it, or trains it.
+        m0 = load_model(ModelFolder.locate(self.base).path).eval().requires_grad_(False).to(self.device)
+        return Reference(NegativeLogLikelihood(m0, self.attention, self.temperature))
 
     def configure_optimizers(self) -> dict[str, Any]:
         """A new optimiser and schedule; the outer loop asks for them at the start of every iteration."""
@@ -226,15 +246,19 @@ class CorrectionSFT(LightningModule):
 
         It is scaled up so that Lightning's average over processes and micro-batches gives the step's loss.
         """
-        summed = self.loss(batch)
-        share = summed * (self.trainer.world_size / batch.step_tokens)
+        summed = self.loss(batch, self.reference)
+        divisor = 1 if self.on_policy else batch.step_tokens
+        scale = self.trainer.world_size / divisor
+        share = summed * scale
         self.step_loss += share.detach()
-        if batch.tokens:
-            self.epoch_loss.update(summed.detach() / batch.tokens, weight=batch.tokens)
+        self.step_penalty += self.loss.penalty * scale
         if batch.ends_step:
+            self.epoch_loss.update(self.step_loss, weight=divisor)
             self.log("step/loss", self.step_loss, prog_bar=True, sync_dist=True)
+            if batch.kls is not None:
+                self.log("step/kl_penalty", self.step_penalty, sync_dist=True)
             self.log("step/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
-            self.step_loss = 0.0
+            self.step_loss = self.step_penalty = 0.0
         return share * self.trainer.accumulate_grad_batches
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:

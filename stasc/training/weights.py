@@ -124,8 +124,8 @@ def gather_weights(wrapped: torch.nn.Module, base: Path, lora: LoRA | None = Non
     return {name: tensor.to(dtype) for name, tensor in weights.items() if name not in tied}
 
 
-def write_model(weights: dict[str, Tensor], base: Path, folder: Path, manual: Manual) -> None:
-    """Write gathered weights as the Hugging Face folder of M_n, atomically, with its manual.
+def write_model(weights: dict[str, Tensor], base: Path, folder: Path, manual: Manual | None = None) -> None:
+    """Write gathered weights as a Hugging Face folder, atomically; that of an M_n has a manual.
 
     All other files (config, tokenizer, chat template, generation config) are copied from the folder ``base``
     of M_0, so that whatever can load M_0 can load M_n. Who may read the folder may read all files in it.
@@ -134,7 +134,8 @@ def write_model(weights: dict[str, Tensor], base: Path, folder: Path, manual: Ma
         empty_model(base).save_pretrained(unfinished, state_dict=dict(weights))
         for path in ModelFolder(base).files_beside_weights():
             shutil.copyfile(path, unfinished / path.name)
-        manual.write(unfinished)
+        if manual:
+            manual.write(unfinished)
         mode = (unfinished / "config.json").stat().st_mode
         for path in unfinished.glob("*.safetensors"):
             path.chmod(mode)  # safetensors makes files that only their owner can read
