@@ -34,7 +34,7 @@ from stasc.algorithm import VARIANTS
 from stasc.ending import end_with
 from stasc.house import HOUSE
 
-PATIENCE = 900
+PATIENCE = 3600
 """Seconds after which a start counts as hung."""
 
 PROCESSES = {
