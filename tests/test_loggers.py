@@ -72,7 +72,7 @@ def from_tensorboard(run: Path, name: str) -> list[int]:
     return [e.step for events in found if name in events.Tags()["scalars"] for e in events.Scalars(name)]
 
 
-def test_the_command_for_the_curves_can_be_typed_where_the_environment_is_not_activated(tmp_path, monkeypatch):
+def test_the_command_for_the_curves_can_be_typed_without_an_activated_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.chdir(tmp_path)
     assert whereabouts(Curves("runs/a run")) == f"{BIN}/tensorboard --logdir 'runs/a run'"
