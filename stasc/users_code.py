@@ -12,7 +12,10 @@ from types import CodeType, FrameType
 
 from stasc.house import HOUSE
 
-_LIBRARIES = [Path(path).resolve() for path in {sys.base_prefix, *sysconfig.get_paths().values()}]
+_INSTALLED = {path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")}
+_LIBRARIES = [
+    Path(path).resolve() for path in {sys.base_prefix, *sysconfig.get_paths().values(), *_INSTALLED}
+]
 _ROOMS = [(HOUSE / room).resolve() for room in ("stasc", "data", "callbacks", "scripts")]
 
 

@@ -10,11 +10,11 @@ import sys
 from contextlib import suppress
 
 from stasc.cli import run
-from stasc.ending import end_with_rank_zero
+from stasc.ending import end_after_mistakes, end_with_rank_zero
 
 if __name__ == "__main__":
     end_with_rank_zero()
     for arguments in json.loads(os.environ["RUNS"]):
         sys.argv = [__file__, *arguments]
-        with suppress(SystemExit):
+        with suppress(SystemExit), end_after_mistakes():
             run()

@@ -153,7 +153,7 @@ def test_a_run_is_finished_if_its_command_and_configs_have_not_changed(ablation,
 
 
 def test_a_run_under_way_is_not_started_a_second_time(ablation, tmp_path):
-    job = ablation.Job("EIE", tmp_path / "run", (), ("sh", "-c", "echo said; sleep 60; true"))
+    job = ablation.Job("EIE", tmp_path / "run", (), ("sh", "-c", "echo said; exec sleep 60"))
     assert not job.under_way()
     process = job.start(ablation.Slot())
     try:

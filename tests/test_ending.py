@@ -83,7 +83,7 @@ def test_a_signal_ends_ranks_and_engines_with_one_sentence(tmp_path, number, who
     processes = [process for _, process in ranks_and_engines(program)]
     (os.killpg if whole_group else os.kill)(program.pid, number)
     killed = number == signal.SIGKILL
-    assert program.wait(10) == (-number if killed else 128 + number)
+    assert program.wait(60) == (-number if killed else 128 + number)
     assert_gone(processes)
     sentence = f"\nstasc: stopped by {number.name}; run the same command again to go on.\n"
     assert (tmp_path / "stderr").read_text() == ("" if killed else sentence)
@@ -93,7 +93,7 @@ def test_a_rank_that_is_killed_ends_all_others_with_one_sentence(tmp_path):
     program = started(tmp_path, RANKS_WITH_ENGINES)
     processes = ranks_and_engines(program)
     os.kill(dict(processes)["1"], signal.SIGKILL)
-    assert program.wait(10) == 128 + signal.SIGKILL
+    assert program.wait(60) == 128 + signal.SIGKILL
     assert_gone([process for _, process in processes])
     assert (tmp_path / "stderr").read_text() == (
         "\nstasc: process 2 of 2 was ended by SIGKILL (was memory full? lower data.batches.token_budget, or "
@@ -143,7 +143,7 @@ def test_nohup_keeps_ignoring_a_closed_terminal(tmp_path):
     time.sleep(0.3)
     assert all(map(running, processes))
     program.terminate()
-    assert program.wait(10) == 143
+    assert program.wait(60) == 143
     assert_gone(processes)
 
 
@@ -151,4 +151,4 @@ def test_a_pool_of_the_users_is_ended_without_the_program(tmp_path):
     program = started(tmp_path, POOL)
     assert program.stdout.readline() == "the program goes on\n", (tmp_path / "stderr").read_text()
     program.stdin.close()
-    assert program.wait(10) == 0
+    assert program.wait(60) == 0

@@ -165,7 +165,7 @@ def test_prefix_sharing_gives_the_gradient_of_one_example_at_a_time(folders, nam
     assert nll.has_plain_head
     assert nll.supports_prefix_sharing
     losses = []
-    for prompt, target, _ in examples:
+    for prompt, target, *_ in examples:
         logits = model(input_ids=torch.tensor([prompt + target])).logits[0, len(prompt) - 1 : -1]
         losses.append(-logits.log_softmax(-1)[range(len(target)), target].sum())
     torch.stack(losses).sum().backward()

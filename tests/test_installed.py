@@ -112,7 +112,7 @@ def test_what_is_imported_is_ours(environments, run, tmp_path, how, kind):
     users_folder(tmp_path, ("callbacks", "data", *(["stasc"] if kind == "folder" else [])), kind)
     found = run(how, "python", "-c", FIND, cwd=tmp_path)
     assert found.returncode == 0, found.stderr
-    package, *rooms = map(Path, found.stdout.split())
+    package, *rooms = map(Path, found.stdout.splitlines())
     installed = environments[how].parent.resolve()
     assert package.is_relative_to(installed if how == "wheel" else ROOT)
     house = package.parent if how == "wheel" else ROOT

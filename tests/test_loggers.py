@@ -3,6 +3,7 @@
 import csv
 import importlib
 import os
+import shlex
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -75,7 +76,8 @@ def from_tensorboard(run: Path, name: str) -> list[int]:
 def test_the_command_for_the_curves_can_be_typed_without_an_activated_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.chdir(tmp_path)
-    assert whereabouts(Curves("runs/a run")) == f"{BIN}/tensorboard --logdir 'runs/a run'"
+    tensorboard = shlex.quote(f"{BIN}/tensorboard")
+    assert whereabouts(Curves("runs/a run")) == f"{tensorboard} --logdir 'runs/a run'"
     monkeypatch.chdir(BIN.parent)
     assert whereabouts(Curves("runs/mine")) == "bin/tensorboard --logdir runs/mine"
 

@@ -110,9 +110,19 @@ def test_a_local_data_set_loads_like_one_from_the_hub(tmp_path, monkeypatch, wri
     folder = tmp_path / "user" / "name"
     folder.mkdir(parents=True)
     (folder / "test.jsonl").write_text("\n".join(json.dumps({**row, "answers": ["x"]}) for row in ROWS))
-    (folder / "name.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")  # once a way to load a data set
     source = QuestionFile("user/name", split="test[:1]", **COLUMNS)
     assert source.load() == [Question("7", "Who?", ("x",))]
+
+
+def test_a_script_of_a_data_set_is_refused_and_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "user" / "name"
+    folder.mkdir(parents=True)
+    (folder / "test.jsonl").write_text(json.dumps({**ROWS[0], "answers": ["x"]}))
+    (folder / "name.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")  # once a way to load a data set
+    with pytest.raises(UserError, match=r"scripts are no longer supported, but found name\.py"):
+        QuestionFile("user/name", split="test", **COLUMNS).load()
     assert not (tmp_path / "ran").exists()
 
 
