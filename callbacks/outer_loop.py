@@ -103,7 +103,8 @@ class OuterLoop(Callback):
             self.losses.append(pl_module.epoch_loss.compute().item())
             pl_module.epoch_loss.reset()
         iteration_ends = data.epochs_done % experiment.algorithm.epochs == 0
-        if not _optimizer_goes_on(trainer, n + 1 if iteration_ends else n):
+        learns_on = experiment.on_policy or data.steps  # in this iteration
+        if not (_optimizer_goes_on(trainer, n + 1) if iteration_ends else learns_on):
             # Nothing uses them any more. Lightning could not load the optimiser of an empty D_n under FSDP.
             trainer.optimizers, trainer.strategy.lr_scheduler_configs = [], []
         if experiment.on_policy:
@@ -189,16 +190,11 @@ def _only_in_checkpoint(experiment: Experiment, module: CorrectionSFT, n: int) -
 
 
 def _optimizer_goes_on(trainer: Trainer, n: int) -> bool:
-    """Whether iteration n trains on with the optimiser that there is.
-
-    It does within an iteration and, on-policy, until the algorithm wants a new one. One that has taken no
-    step is as good as new.
-    """
-    algorithm, schedules = trainer.datamodule.experiment.algorithm, trainer.strategy.lr_scheduler_configs
-    begins = trainer.datamodule.epochs_done % algorithm.epochs == 0
-    if not schedules or schedules[0].scheduler.last_epoch == 0 or n > algorithm.iterations:
+    """Whether iteration n begins with the optimiser of the one before; not if that has taken no step."""
+    algorithm = trainer.datamodule.experiment.algorithm
+    if algorithm.questions_per_update is None or n > algorithm.iterations or algorithm.new_optimizer(n):
         return False
-    return not begins or (algorithm.questions_per_update is not None and not algorithm.new_optimizer(n))
+    return any(optimizer.state for optimizer in trainer.optimizers)
 
 
 def _schedule_steps(data: TrajectoryDataModule, n: int) -> int:

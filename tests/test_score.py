@@ -434,3 +434,20 @@ def test_vllm_takes_the_weights_from_memory_and_so_does_the_engine_that_replaces
     assert done.returncode == 0, done.stderr
     lines = (tmp_path / "links").read_text().splitlines()
     assert lines == ["0 None", *(f"{update} /memfd:weights (deleted)" for update in (1, 2, 3))]
+
+
+@pytest.mark.slow
+def test_an_update_that_teaches_nothing_changes_nothing_and_the_next_one_learns(stasc, tmp_path):
+    off = ("--algorithm.beta1", 0, "--algorithm.beta2", 0, "--algorithm.stage_two", 0)
+    pays = ("--data.reward", "users_own.PaysInIteration", "--data.reward.iteration", 2)
+    # M_0 is tested on 4 questions after the first update, which asks 16 with a correction each.
+    calls = ("--data.reward.calls_per_iteration", 16 * 2 + 4 * 2)
+    done = stasc(
+        *score_fit(tmp_path, *off, *pays, *calls, "--algorithm.questions", 16, "--algorithm.n_corr", 1)
+    )
+    assert done.returncode == 0, done.stderr
+    steps = [
+        json.loads((tmp_path / f"iteration-{n:02d}/training.json").read_text())["training"]["steps"]
+        for n in (1, 2)
+    ]
+    assert steps == [1, 0]
