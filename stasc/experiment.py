@@ -228,8 +228,9 @@ class Experiment:
         """Write what the updates of iteration n have sampled and learnt, as other iterations do before."""
         files = self.run.iteration(n)
         if processes.rank() == 0:
-            columns = zip(*self._updates, strict=True)
-            for path, records in zip((files.answers(len(self.algorithm.turns)), files.dataset), columns):  # noqa: B905
+            trajectories, examples = zip(*self._updates, strict=True)
+            answers = files.answers(len(self.algorithm.turns))
+            for path, records in ((answers, trajectories), (files.dataset, examples)):
                 self.run.note_lines(path, write_lines(path, map(to_json, chain(*records))))
         processes.wait_for(files.dataset)
 

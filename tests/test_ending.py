@@ -76,6 +76,7 @@ def running(pid: int) -> bool:
         return False
 
 
+@pytest.mark.usefixtures("ctrl_c_is_heard")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 @pytest.mark.parametrize("whole_group", [False, True])
 def test_a_signal_ends_ranks_and_engines_with_one_sentence(tmp_path, number, whole_group):

@@ -132,14 +132,6 @@ def test_killed_twice_from_outside_with_vllm(stasc, start, with_vllm, tmp_path):
     assert_same(run, with_vllm)
 
 
-@pytest.fixture
-def ctrl_c_is_heard() -> Iterator[None]:
-    """Whoever runs the tests may ignore it, and then so would the program."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("ctrl_c_is_heard")
 def test_stopped_three_times_with_vllm(stasc, cache, with_vllm, tmp_path):
     run, log = tmp_path / "run", tmp_path / "log"
