@@ -141,7 +141,7 @@ class PlainLoop:
             end = next((i for i, token in enumerate(row) if token in dialogue.stop_ids), None)
             token_ids = tuple(row[:end])
             text = dialogue.decode(token_ids)
-            reward = self.reward(self.find(text), trajectory.question)
+            reward = self.reward.judge(self.find(text), trajectory.question)
             answer = Answer(prompt, 0, text, token_ids, end is not None, reward)
             extended.append(Trajectory(trajectory.question, (*trajectory.answers, answer)))
         return extended
