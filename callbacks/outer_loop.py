@@ -131,7 +131,7 @@ class OuterLoop(Callback):
             data.experiment.take_over(folder)
         data.clock.switch(None)
         pl_module.log_dict({f"step/{name}": value for name, value in data.experiment.last_update().items()})
-        seconds = data.clock.last
+        seconds, data.clock.last = data.clock.last, {}  # the last update of an iteration hands nothing over
         pl_module.log_dict({f"step/seconds_{name.replace(' ', '_')}": seconds[name] for name in seconds})
 
     def on_save_checkpoint(

@@ -354,7 +354,8 @@ def test_every_update_samples_from_the_weights_before_it(alone, cache):
     points = curves(alone)
     rate = [value for _, value in points[tag("step/learning_rate")]]
     assert rate == pytest.approx([1e-3 * CosineWithWarmup(4, 0.03)(step) for step in range(4)] * 2)
-    assert len(points[tag("step/kl_penalty")]) == UPDATES
+    assert len(points[tag("step/kl_penalty")]) == len(points[tag("step/seconds_sampling")]) == UPDATES
+    assert len(points[tag("step/seconds_handing_over")]) == UPDATES / 2
     penalties = [value for _, value in points[tag("step/kl_penalty")]]
     assert penalties[0] == pytest.approx(0, abs=1e-9)
     assert min(penalties[1:4]) > 1e-6
