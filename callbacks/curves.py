@@ -44,6 +44,8 @@ _NAMES = {
     "repeated": "corrections that repeat the answer, share",
     "edited": "other corrections, share of words that they change",
     "count": "answers, number",
+    "train/answers": "sampled answers, number",
+    "train/tokens": "sampled tokens, number",
     "right_to_right": "right to right, number",
     "right_to_wrong": "right to wrong, number",
     "wrong_to_right": "wrong to right, number",

@@ -98,6 +98,7 @@ class Evaluation(Callback):
         metrics = experiment.evaluate(n)
         if missing and trainer.is_global_zero:
             say(summary_lines(metrics))
+            experiment.run.note_seconds(trainer.datamodule.pace.seconds, trainer.world_size)
         choice = experiment.choose() if n == experiment.algorithm.iterations else None
         if trainer.is_global_zero:
             if choice not in (None, n) and not experiment.tests(choice):  # it was tested just now, if ever

@@ -19,7 +19,15 @@ from stasc.algorithm import Algorithm, Turn
 from stasc.answers import FinalAnswer
 from stasc.errors import UserError
 from stasc.manual import Manual
-from stasc.metrics import answer_metrics, chosen, dataset_sizes, evaluation_metrics, reward_metrics, why_empty
+from stasc.metrics import (
+    answer_metrics,
+    chosen,
+    dataset_sizes,
+    evaluation_metrics,
+    reward_metrics,
+    sampled,
+    why_empty,
+)
 from stasc.model_folder import ModelFolder
 from stasc.prompting import Dialogue, check_prompts
 from stasc.provenance import fingerprint
@@ -276,9 +284,11 @@ class Experiment:
         return [prompt[-TOKENS:] for prompt in prompts]
 
     def training_metrics(self, n: int) -> dict[str, dict[str, float]]:
-        """Rewards of the trajectories of iteration n, and the sizes of D_n."""
+        """Rewards of the trajectories of iteration n and what was sampled for them, and the sizes of D_n."""
+        trajectories = self.trajectories(n)
+        first = 1 if self.algorithm.initial_model(n) == n - 1 else 2  # M_0's answers are drawn but once
         return {
-            "train": reward_metrics(self.trajectories(n), self.algorithm.threshold),
+            "train": reward_metrics(trajectories, self.algorithm.threshold) | sampled(trajectories, first),
             "dataset": dataset_sizes(self.dataset(n)),
         }
 

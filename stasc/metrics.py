@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from difflib import SequenceMatcher
-from itertools import groupby, islice
+from itertools import groupby, islice, takewhile
+from operator import eq
 from statistics import fmean
 from typing import Any
 
@@ -13,7 +14,7 @@ from stasc.answers import FinalAnswer, after_marker
 from stasc.filtering import improves
 from stasc.reward import SelfCorrection, normalize
 from stasc.statistics import paired_test, standard_error
-from stasc.trajectory import Answer, Example, Trajectory
+from stasc.trajectory import Answer, Example, Question, Trajectory
 
 
 def answer_metrics(trajectories: Sequence[Trajectory], threshold: float) -> dict[str, float]:
@@ -69,6 +70,25 @@ def reward_metrics(trajectories: Iterable[Trajectory], threshold: float) -> dict
     while chunk := list(islice(pairs, 4096)):  # of a file that may be long
         metric.update(*zip(*chunk, strict=True))
     return {name: value.item() for name, value in metric.compute().items()}
+
+
+def sampled(trajectories: Iterable[Trajectory], first: int = 1) -> dict[str, int]:
+    """How many answers and tokens were sampled for trajectories, which are in the order of their draws.
+
+    Args:
+        trajectories: Those of a question one after another; their first answers may be the same draws.
+        first: The first turn that counts, where those before it were sampled for an earlier iteration.
+    """
+    before, answers, tokens = Trajectory(Question("", "")), 0, 0
+    for trajectory in trajectories:
+        shared = 0  # a path that is not behind the one before belongs to a question that is asked once more
+        if trajectory.question.id == before.question.id and trajectory.path > before.path:
+            shared = sum(1 for _ in takewhile(bool, map(eq, trajectory.path, before.path)))
+        new = trajectory.answers[max(shared, first - 1) :]
+        answers += len(new)
+        tokens += sum(len(answer.token_ids) + answer.finished for answer in new)
+        before = trajectory
+    return {"answers": answers, "tokens": tokens}
 
 
 def dataset_sizes(dataset: Iterable[Example]) -> dict[str, int]:

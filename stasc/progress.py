@@ -182,12 +182,17 @@ class Pace:
         line = f"iteration {n} of {self.iterations}"
         if n > 1 and self._took:
             left = fmean(self._took) * (self.iterations - n + 1)
-            line += f"; {duration(now - self._start)} so far, about {duration(left)} left"
+            line += f"; {duration(self.seconds)} so far, about {duration(left)} left"
         say(line, timed=True)
+
+    @property
+    def seconds(self) -> float:
+        """How long the start lasts already."""
+        return time.monotonic() - self._start
 
     def end(self) -> None:
         """Say that all iterations are done."""
-        took = duration(time.monotonic() - self._start)
+        took = duration(self.seconds)
         say(f"done: iteration {self.iterations} of {self.iterations}; this start took {took}", timed=True)
 
 

@@ -138,7 +138,8 @@ class Run:
         self.config = self.folder / "config.yaml"
         self.system = self.folder / "system.json"
         self.starts = self.folder / "starts.json"
-        """Each start of the program: when, which versions, on what, with which model and questions."""
+        """Each start of the program: when, which versions, on what, with which model and questions; and how
+        long it has worked until the last iteration that was done."""
         self.checkpoints = self.folder / "checkpoints"
         self.last_checkpoint = self.checkpoints / "last.ckpt"
         self.draws = self.folder / "draws"
@@ -266,6 +267,12 @@ class Run:
             write_json(self.starts, {"starts": [*before, start]})
         except OSError as error:
             raise self._unwritable(error) from error
+
+    def note_seconds(self, seconds: float, processes: int) -> None:
+        """Note how long this start has worked so far, on how many processes; the start is the last one."""
+        starts = read_json(self.starts, "starts")["starts"]
+        starts[-1] |= {"seconds": round(seconds, 1), "processes": processes}
+        write_json(self.starts, {"starts": starts})
 
     def _unwritable(self, error: OSError) -> UserError:
         return UserError(

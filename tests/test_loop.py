@@ -199,7 +199,11 @@ def test_metrics_are_those_of_the_files(quickstart):
         if n:
             learnt = json.loads((quickstart.folder(n) / "training.json").read_text())
             assert learnt == {name: metrics[name] for name in learnt}
-            assert metrics.pop("train") == pytest.approx(recomputed(quickstart.records(n, "trajectories")))
+            train, asked = metrics.pop("train"), quickstart.records(n, "trajectories")
+            drawn = [t.answers[-1] for t in [*quickstart.records(n, "initial"), *asked]]
+            assert train.pop("answers") == len(drawn) == 1000 + 2000
+            assert train.pop("tokens") == sum(len(a.token_ids) + a.finished for a in drawn)
+            assert train == pytest.approx(recomputed(asked))
             size = len(quickstart.records(n, "dataset"))
             assert metrics.pop("dataset") == {"size": size, "improving": size, "non_decreasing": 0}
             training = metrics.pop("training")

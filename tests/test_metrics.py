@@ -12,6 +12,7 @@ from stasc.metrics import (
     evaluation_metrics,
     reward_metrics,
     sample_metrics,
+    sampled,
     standard_errors,
     why_empty,
 )
@@ -45,6 +46,21 @@ def test_means_and_transitions_count_every_sample():
     assert found == found | transitions | {"count": 6}
     sizes = dataset_sizes([trajectory.learn() for trajectory in SAMPLES])
     assert sizes == {"size": 6, "improving": 1, "non_decreasing": 5}
+
+
+def test_what_was_sampled_counts_each_draw_once():
+    # First answers of 1 and 2 tokens and an end, each with a correction of 3 tokens, which was cut, and of 4.
+    first = [answer(number=j, token_ids=range(1 + j)) for j in (0, 1)]
+    second = [answer(number=0, token_ids=range(3), finished=False), answer(number=1, token_ids=range(4))]
+    asked = [corrected(QUESTION, a, b) for a in first for b in second]
+    assert sampled(asked) == {"answers": 6, "tokens": (2 + 3) + 2 * (3 + 5)}
+    assert sampled(t.upto(1) for t in asked[::2]) == {"answers": 2, "tokens": 2 + 3}
+    # The first answers were sampled for an earlier iteration.
+    assert sampled(asked, first=2) == {"answers": 4, "tokens": 2 * (3 + 5)}
+    # The question is asked once more, in another on-policy update.
+    assert sampled([*asked, *asked]) == {"answers": 12, "tokens": 2 * (5 + 16)}
+    assert sampled([asked[0], corrected(Question("other", "?"), first[1], second[1])])["answers"] == 4
+    assert sampled([]) == {"answers": 0, "tokens": 0}
 
 
 def test_an_answer_that_was_not_asked_again_stands_in_later_turns():

@@ -271,6 +271,41 @@ def test_unlike_test_sets_are_not_paired_and_that_is_said(tmp_path, capsys):
     assert "Not paired, for want of a common seed: FNE and EIE; FNE and ENE." in page
 
 
+# ---------------------------------------------------------------- what corrections change, and cost
+
+
+def test_what_corrections_change_stands_beside_what_those_of_m0_do(tmp_path):
+    make_run(tmp_path / "a", [("110000", "100000"), ("110000", "011100")], seed=1)
+    make_run(tmp_path / "b", [("110000", "100000"), ("110000", "111111")], seed=2)
+    report(tmp_path, "--out", tmp_path / "out")
+    (row,) = rows(tmp_path / "out", "corrections")
+    shares = numbers(row, "wrong_to_right", "right_to_wrong", "right_to_right", "wrong_to_wrong")
+    assert shares == pytest.approx([3 / 6, 0.5 / 6, 1.5 / 6, 1 / 6])
+    assert numbers(row, "m0_wrong_to_right", "m0_right_to_wrong") == pytest.approx([0, 1 / 6])
+    assert row["edited"] == "", "these runs do not say how much was changed"
+    assert "50.0%<br><sub>M₀ 0.0%</sub>" in (tmp_path / "out/report.md").read_text()
+
+
+def test_what_training_took_is_summed_over_iterations_and_starts(tmp_path):
+    def run(name: str, seed: int, seconds: list[float]) -> None:
+        tests, folder = [("000000", "000000")] * 3, tmp_path / f"{name}-{seed}"
+        work = {"train": {"answers": 100 * seed, "tokens": 1000}, "training": {"steps": 7}}
+        make_run(folder, tests, name, seed=seed, sizes=(5, 9), further=work)
+        write_json(Run(folder).starts, {"starts": [{"seconds": of, "processes": 2} for of in seconds]})
+
+    run("EIE", 1, [1800.0, 3600.0])
+    run("EIE", 2, [1800.0])
+    run("ENE", 1, [3600.0])
+    make_run(tmp_path / "older", [("000000", "000000")] * 2, "FNF", sizes=(4,))
+    make_run(tmp_path / "nothing-trained", [("000000", "000000")], "SelfRefine")
+    report(tmp_path, "--out", tmp_path / "out")
+    fnf, eie, ene = rows(tmp_path / "out", "cost")
+    names = ("answers", "tokens", "learnt", "steps", "hours")
+    assert numbers(eie, *names) == pytest.approx([300, 2000, 14, 14, 2.0])
+    assert numbers(ene, *names) == pytest.approx([200, 2000, 14, 14, 2.0])
+    assert [fnf[name] for name in names] == ["", "", "4", "", ""], "a run of an earlier version"
+
+
 # ---------------------------------------------------------------- runs and curves
 
 

@@ -95,6 +95,10 @@ def test_a_run_goes_on_with_whatever_has_no_part_in_its_results(tmp_path):
     claim(run, config(trainer={"devices": 2}, run_dir="moved"))
     assert run.read_system() == SYSTEM
     assert read_json(run.starts) == {"starts": [{"date": "today"}] * 3}
+    run.note_seconds(1.26, processes=2)
+    run.note_seconds(2.04, processes=2)
+    last = {"date": "today", "seconds": 2.0, "processes": 2}
+    assert read_json(run.starts) == {"starts": [{"date": "today"}] * 2 + [last]}
 
 
 def test_more_iterations_continue_a_run_and_fewer_than_it_has_do_not(tmp_path):

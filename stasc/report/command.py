@@ -112,6 +112,8 @@ def report(places: Sequence[Path], out: Path, paper: Path | None, at_most: int) 
             tables.table2(systems, summary),
             tables.table1(systems, summary),
             tables.pairs_table(systems),
+            tables.corrections_table(systems),
+            tables.cost_table(systems),
             tables.further_table(systems),
         ],
         "Curves": [

@@ -32,9 +32,12 @@ class Point:
         size: |D_n|, in trajectories.
         transitions: Number of test trajectories by name of ``TRANSITIONS``.
         repeated: Share of the corrections with the same words as the answer that they correct.
+        edited: Share of the words that the other corrections change.
         validation: Mean reward of its corrections to the validation questions.
         further: Other metrics by their names in ``metrics.json``, such as ``greedy.r2``.
         rewards: For each test question's id the means of r(y1) and r(y2) over its samples.
+        work: What it took to make M_n of the model before: ``answers`` and ``tokens`` that were sampled, and
+            optimiser ``steps``, where they were noted.
     """
 
     r1: float | None
@@ -42,16 +45,19 @@ class Point:
     size: float | None = None
     transitions: dict[str, int] = field(default_factory=dict)
     repeated: float | None = None
+    edited: float | None = None
     validation: float | None = None
     further: dict[str, float] = field(default_factory=dict)
     rewards: dict[str, tuple[float, float]] = field(default_factory=dict)
+    work: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class RunResult:
     """One run: what it says of its system, and a point for each of M_0, M_1, ... as far as it went.
 
-    ``folder`` is None for a curve of the paper.
+    ``folder`` is None for a curve of the paper. ``hours`` are those of all its processes together, in all
+    its starts; None if one of them does not say.
     """
 
     name: str
@@ -59,6 +65,7 @@ class RunResult:
     points: tuple[Point, ...]
     folder: Path | None = None
     test_set: frozenset[Question] = frozenset()
+    hours: float | None = None
 
     @property
     def last(self) -> int:
@@ -131,7 +138,16 @@ def _read(folder: Path, name: str) -> RunResult:
             raise UserError(f"{later} has other questions than {first}.")
     record = run.read_system()
     record = replace(record, name=printable(record.name))
-    return RunResult(name, record, points, folder, test_sets[0])
+    return RunResult(name, record, points, folder, test_sets[0], _hours(run.starts))
+
+
+def _hours(starts: Path) -> float | None:
+    """Hours of all processes of a run together."""
+    try:
+        found = json.loads(starts.read_text(encoding="utf-8"))["starts"]
+        return sum(start["seconds"] * start["processes"] for start in found) / 3600
+    except (OSError, ValueError, TypeError, KeyError):  # of an earlier version, or not kept
+        return None
 
 
 def _point(run: Run, n: int) -> tuple[Point, frozenset[Question]]:
@@ -141,8 +157,10 @@ def _point(run: Run, n: int) -> tuple[Point, frozenset[Question]]:
     metrics = _metrics(path)
     size = _number(metrics, "dataset.size", path) if n else None
     validation = _number(metrics, "validation.r2", path) if "validation.r2" in metrics else None
+    names = {"answers": "train.answers", "tokens": "train.tokens", "steps": "training.steps"}
+    work = {name: _number(metrics, key, path) for name, key in names.items() if key in metrics}
     if n and not any(name.startswith("test.") for name in metrics):
-        return Point(None, None, size, validation=validation), frozenset()
+        return Point(None, None, size, validation=validation, work=work), frozenset()
     samples: dict[Question, list[tuple[float, float]]] = defaultdict(list)
     repeats = []
     for trajectory in trajectories(test):
@@ -155,12 +173,14 @@ def _point(run: Run, n: int) -> tuple[Point, frozenset[Question]]:
         size=size,
         transitions={key: int(_number(metrics, f"test.{key}", path)) for key in TRANSITIONS},
         repeated=fmean(repeats) if repeats else None,
+        edited=_number(metrics, "test.edited", path) if "test.edited" in metrics else None,
         validation=validation,
         further={key: _number(metrics, key, path) for key in metrics if _FURTHER.fullmatch(key)},
         rewards={
             question.id: (fmean(r1 for r1, _ in pairs), fmean(r2 for _, r2 in pairs))
             for question, pairs in samples.items()
         },
+        work=work,
     )
     # Metrics are computed from the answers, so another mean shows that one of the files was changed.
     pairs = [pair for found in samples.values() for pair in found]

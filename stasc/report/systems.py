@@ -33,7 +33,7 @@ class System:
     """Runs that differ in nothing but their seed.
 
     Attributes:
-        bench: What is shared by the systems that it can be compared with: model, data, trainer.
+        bench: What is shared by the systems that it can be compared with: model, questions, trainer.
         label: Distinguishes it from the other systems of its bench.
         name: Distinguishes it from all other systems.
         runs: At least one, in the order of their seeds.
@@ -200,9 +200,10 @@ def _options(run: RunResult) -> dict[str, Any]:
 
 
 def _part(run: RunResult, *, in_algorithm: bool) -> dict[str, Any]:
-    """The options of the algorithm, or all others."""
+    """The options of the algorithm, and of how it samples; or all others."""
     options = _options(run).items()
-    return {name: value for name, value in options if name.startswith("algorithm.") == in_algorithm}
+    parts = ("algorithm.", "data.sampling.")
+    return {name: value for name, value in options if name.startswith(parts) == in_algorithm}
 
 
 def _names(option_sets: Sequence[dict[str, Any]], always: str = "") -> list[str]:

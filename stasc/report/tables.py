@@ -29,6 +29,7 @@ from stasc.statistics import (
     standard_error,
 )
 from stasc.texts import printable
+from stasc.trajectory import TRANSITIONS
 
 TURNS = {"r1": "r(Y1)", "r2": "r(Y2)"}
 _LONGEST_VALUE = 100
@@ -281,6 +282,79 @@ def unlike_test_sets(systems: Sequence[System]) -> str:
 
 
 # ---------------------------------------------------------------- what is behind them
+
+
+def corrections_table(systems: Sequence[System]) -> Table:
+    """What the corrections of the final model do to its first answers, beside those of M_0."""
+    records = []
+    for system in systems:
+        if system.paper:
+            continue
+        record: dict[str, Any] = {"bench": system.bench, "system": system.name}
+        for prefix, n in (("", system.final), ("m0_", 0)):
+            points = [run.points[n] for run in system.counted]
+            counts = [sum(point.transitions.values()) for point in points]
+            values: dict[str, list[float | None]] = {
+                name: [point.transitions[name] / count for point, count in zip(points, counts, strict=True)]
+                for name in TRANSITIONS
+            }
+            values |= {name: [getattr(point, name) for point in points] for name in ("repeated", "edited")}
+            for name, of_runs in values.items():
+                record[f"{prefix}{name}"] = None if None in of_runs else fmean(of_runs)
+        records.append(record)
+
+    def share(name: str, title: str, form: str = ".1%") -> Column:
+        shown = partial(_number, name=name, form=form)
+        return Column(title, name, shown, lambda row: f"M₀ {_number(row, f'm0_{name}', form)}")
+
+    note = (
+        "Of the final iteration, on the test questions; means over seeds, and below them those of M₀. Shares "
+        "of all answers that were wrong and became right, and so on; of corrections that repeat the answer "
+        "word by word; and how many of the words the others change."
+    )
+    columns = (
+        Column("System", "system"),
+        *(share(name, name.replace("_to_", " > ")) for name in TRANSITIONS),
+        share("repeated", "repeated"),
+        share("edited", "edited", ".2f"),
+    )
+    title = "What corrections change"
+    return Table("corrections", title, note, to_frame(records), columns)
+
+
+def cost_table(systems: Sequence[System]) -> Table:
+    """What the training of the systems took."""
+    records = []
+    for system in systems:
+        runs = [run for run in system.counted if run.last]
+        if system.paper or not runs:
+            continue
+        record: dict[str, Any] = {"bench": system.bench, "system": system.name, "iterations": system.final}
+        for name in ("answers", "tokens", "steps"):
+            known = [[point.work.get(name) for point in run.points[1:]] for run in runs]
+            record[name] = None if any(None in of_run for of_run in known) else fmean(map(sum, known))
+        record["learnt"] = fmean(sum(point.size for point in run.points[1:]) for run in runs)
+        hours = [run.hours for run in runs]
+        record["hours"] = None if None in hours else fmean(hours)
+        records.append(record)
+    note = (
+        "Of a whole run, as means over seeds. Answers and tokens: sampled from the training questions. "
+        "Learnt: trajectories, those of every iteration. Hours: of all processes together, with evaluation "
+        "and the engine's start, up to the last iteration of each start; compare them on like machines only."
+    )
+    columns = (
+        Column("System", "system"),
+        Column("Answers", "answers", ",.0f"),
+        Column("Tokens", "tokens", ",.0f"),
+        Column("Learnt", "learnt", ",.0f"),
+        Column("Optimiser steps", "steps", ",.0f"),
+        Column("Hours", "hours", ".2f"),
+    )
+    return Table("cost", "What training took", note, to_frame(records), columns)
+
+
+def _number(row: Row, name: str, form: str) -> str:
+    return number(row[name], form)
 
 
 def further_table(systems: Sequence[System]) -> Table:
