@@ -42,9 +42,18 @@ PROCESSES = {
     "ddp": ("--trainer.devices", "2", "--trainer.strategy", "ddp"),
     "fsdp": ("--trainer.devices", "2", "--trainer.strategy", "cpu_fsdp.CPUFSDPStrategy"),
 }
-SYSTEMS = {variant: ("--algorithm.variant", variant) for variant in VARIANTS} | {
-    name: ("--config", f"configs/baselines/{name}.yaml") for name in ("star", "self_refine", "reflexion")
+LONG = ("--algorithm.iterations", "2", "--algorithm.epochs", "{epochs}")
+UPDATES = ("stage_one", "stage_two", "updates_per_iteration", "questions")
+SYSTEMS = {variant: ("--algorithm.variant", variant, *LONG) for variant in VARIANTS} | {
+    name: ("--config", f"configs/baselines/{name}.yaml", *options)
+    for name, options in {
+        "star": LONG,
+        "score": [word for name in UPDATES for word in (f"--algorithm.{name}", "4")],
+        "self_refine": (),
+        "reflexion": (),
+    }.items()
 }
+"""How each is chosen; SCoRe, which is on-policy, by a few updates in each stage."""
 SIZES = (0, 1_000, 30_000, 1_000_000)
 """Bytes to which a file can still grow when the disk gets full."""
 
@@ -71,13 +80,12 @@ class Configuration(NamedTuple):
 
     def command(self, run: Path) -> list[str]:
         """What fits it in the folder ``run``."""
-        trains = self.system not in ("self_refine", "reflexion")
+        system = [word.format(epochs=self.epochs) for word in SYSTEMS[self.system]]
         return [
-            *("fit", "--config", "configs/quickstart.yaml", *SYSTEMS[self.system], "--run_dir", str(run)),
+            *("fit", "--config", "configs/quickstart.yaml", *system, "--run_dir", str(run)),
             *("--sampler", self.sampler, *PROCESSES[self.processes]),
             *("--data.train.init_args.size", "16", "--data.test.init_args.size", "4"),
             *("--data.batches.size", "4", "--model.learning_rate", "0.002"),
-            *(("--algorithm.iterations", "2", "--algorithm.epochs", self.epochs) if trains else ()),
             *(("--model.lora.r", "4") if self.lora == "lora" else ()),
         ]
 
