@@ -342,6 +342,31 @@ def test_a_worker_that_dies_twice_in_a_row_is_reported(models, monkeypatch):
     assert "encodings" in (models / "dead.log").read_text()
 
 
+def test_an_engine_that_finds_no_shared_memory_says_where_to_make_room(models, tmp_path):
+    alone = ["unshare", "--map-root-user", "--mount"]
+    if subprocess.run([*alone, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("this machine gives no file systems of their own to users")
+    start = f"""
+from pathlib import Path
+import torch
+from stasc.errors import UserError
+from stasc.sampling import Request, Sampling, VLLMSampler
+sampler = VLLMSampler(0.01)
+sampler.start(Path({str(models / "first")!r}), device=torch.device("cpu"), context=64, log=Path("engine.log"))
+try:
+    list(sampler.sample([Request([1], 1, 0)], Sampling(max_tokens=4), []))
+except UserError as error:
+    print(error)
+"""
+    full = "mount -t tmpfs -o size=4k tmpfs /dev/shm && head -c 4096 /dev/zero > /dev/shm/full"
+    command = [*alone, "sh", "-c", f'{full}; exec "$0" -c "$1"', sys.executable, start]
+    environment = os.environ | {"PYTHONPATH": str(Path(stasc.__file__).parents[1])}
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert not ended.returncode, ended.stderr
+    assert "No space left on device; see " in ended.stdout
+    assert "engine.log). Make room in /dev/shm (of a container: --shm-size) or in " in ended.stdout
+
+
 @pytest.mark.parametrize(("gib", "advice"), [(1e6, "Lower"), (5e-5, "Raise")])
 def test_an_impossible_cache_size_is_reported(models, tmp_path, gib, advice):
     sampler = VLLMSampler(kv_cache_gib=gib)

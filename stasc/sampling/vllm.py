@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -203,6 +204,9 @@ class VLLMSampler(Sampler):
                 raise
 
     def _advice(self, failure: str) -> str:
+        if "No space left" in failure:
+            place = tempfile.gettempdir()
+            return f" Make room in /dev/shm (of a container: --shm-size) or in {place} (TMPDIR)."
         if "memory" not in failure.lower():
             return ""
         too_small = "at least one request" in failure or "No available memory for the cache" in failure
