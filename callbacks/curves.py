@@ -8,6 +8,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
+from google.protobuf.message import DecodeError
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -187,16 +188,18 @@ def _mark(epoch: int) -> Event:
 
 def _cut(path: Path, epoch: int) -> None:
     """Cut off an event file at the first mark from an epoch on; without an earlier epoch it goes."""
-    earlier = False
+    earlier, size = False, path.stat().st_size
     with path.open("r+b") as file:
-        while True:
-            end = file.tell()
+        while (end := file.tell()) + 16 <= size:
             header = file.read(12)  # the length of the event, and its checksum
-            length = struct.unpack("<Q", header[:8])[0] if len(header) == 12 else 0
-            record = file.read(length + 4)  # the event, and its checksum
-            if len(record) < length + 4:  # the end of the file, or what a kill left unfinished
+            length = struct.unpack("<Q", header[:8])[0]
+            if end + 16 + length > size:  # what a kill or a full disk left unfinished
                 break
-            mark = Event.FromString(record[:-4]).session_log.checkpoint_path
+            record = file.read(length + 4)  # the event, and its checksum
+            try:
+                mark = Event.FromString(record[:-4]).session_log.checkpoint_path
+            except DecodeError:  # a damaged file keeps its curves up to there
+                break
             if mark and int(mark.removeprefix("epoch ")) >= epoch:
                 break
             earlier = earlier or bool(mark)

@@ -1,4 +1,4 @@
-"""Hugging Face model folders: found, and read without loading the weights.
+"""Hugging Face model folders: found, read and loaded.
 
 Sampling and training both read a model folder through this module.
 """
@@ -21,6 +21,7 @@ from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
+    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
@@ -200,6 +201,17 @@ class ModelFolder:
                 "model."
             )
         return config
+
+    def model(self, dtype: torch.dtype, **options: bool) -> Any:
+        """The model, loaded; ``options`` are those of ``from_pretrained``.
+
+        Raises:
+            UserError: Its config.json or generation_config.json is damaged.
+        """
+        self.generation_config()  # transformers reads it too, without a word on what is wrong
+        return AutoModelForCausalLM.from_pretrained(
+            self.path, config=self.model_config(), dtype=dtype, trust_remote_code=False, **options
+        )
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, loaded.

@@ -1,5 +1,6 @@
 """TensorBoard: every point is in its files once, whatever was killed, and ablations can be compared in it."""
 
+import struct
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,11 +95,14 @@ def test_what_every_start_logs_before_its_first_epoch_is_there_once(tmp_path):
     assert sorted(curves(tmp_path)["users/own"]) == [(0, 1.0), (1, 2.0), (2, 3.0)]
 
 
-def test_a_kill_in_the_midst_of_a_write_spoils_nothing(tmp_path):
+@pytest.mark.parametrize(
+    "end", [b"", b"\xff" * 64, struct.pack("<Q", 20) + b"\xff" * 28], ids=["cut", "length", "event"]
+)
+def test_what_a_kill_or_the_disk_spoils_at_the_end_of_a_file_is_written_anew(tmp_path, end):
     train(tmp_path / "whole", range(3))
     train(tmp_path / "killed", range(2), killed=True)
     (file,) = (path for path in (tmp_path / "killed").iterdir() if path.suffix != ".start")
-    file.write_bytes(file.read_bytes()[:-7])
+    file.write_bytes(file.read_bytes()[:-7] if not end else file.read_bytes() + end)
     train(tmp_path / "killed", range(1, 3))
     assert curves(tmp_path / "killed") == curves(tmp_path / "whole")
 

@@ -88,6 +88,14 @@ def test_a_damaged_config_is_refused(folder, content):
         _ = folder.config
 
 
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("content", ["[1, 2]", '{"model_type": null, "eos_token_id": "two"}'])
+def test_a_model_is_not_loaded_by_damaged_configs(folder, name, content):
+    (folder.path / name).write_text(content)
+    with pytest.raises(UserError, match=re.escape(name)):
+        folder.model(torch.float32)
+
+
 def test_tokenizer_and_generation_config(folder):
     assert folder.tokenizer().eos_token == "<|im_end|>"
     assert folder.generation_config().eos_token_id == folder.tokenizer().eos_token_id

@@ -361,7 +361,9 @@ except UserError as error:
     full = "mount -t tmpfs -o size=4k tmpfs /dev/shm && head -c 4096 /dev/zero > /dev/shm/full"
     command = [*alone, "sh", "-c", f'{full}; exec "$0" -c "$1"', sys.executable, start]
     environment = os.environ | {"PYTHONPATH": str(Path(stasc.__file__).parents[1])}
-    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    ended = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
     assert not ended.returncode, ended.stderr
     assert "No space left on device; see " in ended.stdout
     assert "engine.log). Make room in /dev/shm (of a container: --shm-size) or in " in ended.stdout

@@ -8,7 +8,6 @@ from typing import ClassVar
 
 import torch
 from transformers import (
-    AutoModelForCausalLM,
     DynamicCache,
     GenerationConfig,
     LogitsProcessor,
@@ -160,9 +159,7 @@ class TransformersSampler(Sampler):
 
     def _load_network(self) -> PreTrainedModel:
         with torch.random.fork_rng(devices=[]):  # from_pretrained draws random weights first
-            network, report = AutoModelForCausalLM.from_pretrained(
-                self._model, dtype=self._dtype, output_loading_info=True, trust_remote_code=False
-            )
+            network, report = ModelFolder(self._model).model(self._dtype, output_loading_info=True)
         if report["missing_keys"]:
             raise UserError(f"{self._model} lacks weights: {', '.join(sorted(report['missing_keys'])[:3])}.")
         network.generation_config = GenerationConfig()  # generate would use its defaults

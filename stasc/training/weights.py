@@ -28,8 +28,11 @@ def load_model(folder: Path, lora: LoRA | None = None) -> PreTrainedModel:
     """The model of a folder, in training mode and in float32, whatever the dtype of its files.
 
     With ``lora`` the model is frozen and has new adapters, which alone train.
+
+    Raises:
+        UserError: Its config.json or generation_config.json is damaged.
     """
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+    model = ModelFolder(folder).model(torch.float32)
     if lora:
         lora.add_to(model)
     return model.train()
