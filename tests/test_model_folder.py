@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 from contextlib import suppress
 from pathlib import Path
