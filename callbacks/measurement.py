@@ -22,12 +22,12 @@ from data import TrajectoryDataModule
 from data.trajectories import Batches
 from stasc.algorithm import Turn
 from stasc.errors import UserError
-from stasc.experiment import Experiment, unanswered
+from stasc.experiment import Experiment
 from stasc.sampling import Request, Sampling
 from stasc.training.batches import Batch
 from stasc.training.module import CorrectionSFT
 from stasc.training.prefix_tree import common_prefix
-from stasc.trajectory import Answer, Example, Question, Trajectory
+from stasc.trajectory import Answer, Example, Question, Trajectory, unanswered
 
 START, RESUME = "start: model and engine", "start again, resume"
 SAMPLE, SLEEP, PREPARE = "sample and score", "engine to sleep", "base model, optimiser"

@@ -124,13 +124,15 @@ class OuterLoop(Callback):
         """The engine gets the weights for the next update; or the iteration's updates are written."""
         data: TrajectoryDataModule = trainer.datamodule
         if iteration_ends:
-            data.experiment.updates_done(self.prepared)
+            data.experiment.updates.write(self.prepared)
         elif data.steps:
             data.clock.switch("handing over")
             folder = self._handover.give(data.epochs_done, trainer.strategy.model, pl_module.lora)
             data.experiment.take_over(folder)
         data.clock.switch(None)
-        pl_module.log_dict({f"step/{name}": value for name, value in data.experiment.last_update().items()})
+        pl_module.log_dict(
+            {f"step/{name}": value for name, value in data.experiment.updates.last_rewards().items()}
+        )
         seconds, data.clock.last = data.clock.last, {}  # the last update of an iteration hands nothing over
         pl_module.log_dict({f"step/seconds_{name.replace(' ', '_')}": seconds[name] for name in seconds})
 

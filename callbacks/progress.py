@@ -46,7 +46,7 @@ class TrainingProgress(ProgressBar):
         data = trainer.datamodule
         if data.experiment.on_policy:
             ends = data.epochs_done % data.experiment.algorithm.epochs == 0
-            rewards = data.experiment.last_update()
+            rewards = data.experiment.updates.last_rewards()
             note = data.clock.shares() if ends else f"r(Y1) {rewards['r1']:.3f}, r(Y2) {rewards['r2']:.3f}"
             self.stage.update(1, note)
             if not ends:

@@ -203,7 +203,7 @@ class TrajectoryDataModule(LightningDataModule):
         if self.epochs_done == self.trainer.max_epochs:  # a start that finds all trained
             return []
         self.clock.switch("sampling")
-        examples = self.experiment.update(self.iteration, self.epochs_done)
+        examples = self.experiment.updates.sample(self.iteration, self.epochs_done)
         self.clock.switch(None)
         return examples
 

@@ -115,6 +115,29 @@ class Algorithm(ABC):
         self.threshold = threshold
         self.rounds = rounds
 
+    def check(self, samples: int) -> None:
+        """Find out whether what a subclass gives can be carried out, with so many samples in evaluation.
+
+        Raises:
+            UserError: It asks nothing, or names models that there are not by then.
+        """
+        name = type(self).__name__
+        for of, turns in {"turns": self.turns, "test_turns": self.test_turns(samples)}.items():
+            if not (isinstance(turns, list | tuple) and turns and all(isinstance(t, Turn) for t in turns)):
+                raise UserError(
+                    f"{name}.{of} gave {turns!r}: it must give a tuple of stasc.algorithm.Turn, the first of "
+                    "which asks for initial answers."
+                )
+        for n in range(self.iterations + 1):
+            last = {"test_initial_model": n} | ({"initial_model": n - 1, "base_model": n - 1} if n else {})
+            for of, most in last.items():
+                m = getattr(self, of)(n)
+                if type(m) is not int or not 0 <= m <= most:
+                    raise UserError(
+                        f"{name}.{of}({n}) gave {m!r}: it must give the number of a model that there is by "
+                        f"then, from 0 to {most}."
+                    )
+
     @property
     def name(self) -> str:
         """What the system is called in curves and tables."""

@@ -7,9 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import chain
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -37,8 +35,8 @@ from stasc.run import Iteration, Run, read_json, remove_folder, write_json, writ
 from stasc.sampling import Sampler, Sampling
 from stasc.sampling.journal import Journal
 from stasc.sampling.probe import SEQUENCES, TOKENS, Probe
-from stasc.seeds import derived_seed
-from stasc.trajectory import Example, Question, Record, Records, Trajectory, to_json
+from stasc.trajectory import Example, Question, Record, Records, Trajectory, to_json, unanswered
+from stasc.updates import Updates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +128,7 @@ class Experiment:
 
     def trajectories(self, n: int) -> Sequence[Trajectory]:
         """Step 2 (lines 6 and 7): N_corr corrections of each by M_{n-1}, and any further turns."""
-        if self.on_policy:  # ``updates_done`` has written them
+        if self.on_policy:  # ``updates.write`` has written them
             return self._records(self.run.iteration(n).answers(len(self.algorithm.turns)), "train")
         trajectories = self.initial_answers(n)
         for number, turn in enumerate(self.algorithm.turns[1:], start=2):
@@ -141,7 +139,7 @@ class Experiment:
     def dataset(self, n: int) -> Sequence[Example]:
         """Step 3 (lines 8 to 12): D_n, what the filter keeps of them."""
         trajectories = self.trajectories(n)
-        return self._stage(self.run.iteration(n).dataset, "train", lambda: self._select(n, trajectories))
+        return self._stage(self.run.iteration(n).dataset, "train", lambda: self.select(n, trajectories))
 
     def base_model(self, n: int) -> int:
         """Step 4 (lines 13 to 16): the number of the model that training on D_n makes M_n."""
@@ -196,60 +194,6 @@ class Experiment:
             if m not in stay:
                 remove_folder(self.run.iteration(m).model)
 
-    # ------------------------------------------------------------------ steps 1 to 3 on-policy
-
-    @property
-    def on_policy(self) -> bool:
-        """Whether each training epoch samples its own share of D_n, with the weights as they are by then."""
-        return self.algorithm.questions_per_update is not None
-
-    def update(self, n: int, number: int) -> Sequence[Example]:
-        """Answers of the weights that train to an update's questions, and what is learnt of them.
-
-        No file is written before the iteration ends: a start that finds an iteration unfinished begins it
-        anew, and draws the same.
-
-        Args:
-            n: The iteration.
-            number: Of the update, from 0, counted over the whole run, whose draws follow from it.
-        """
-        if number % self.algorithm.epochs == 0:
-            self._updates: list[tuple[list[Trajectory], list[Example]]] = []
-            self.load(n - 1)
-        asked, name = unanswered(self._update_questions(number)), f"update {number + 1}"
-        trajectories = self._take(asked, self.algorithm.turns, self.sampling, name, line=False)
-        examples = list(self._select(n, trajectories))
-        self._updates.append((trajectories, examples))
-        return examples
-
-    def last_update(self) -> dict[str, float]:
-        """Mean rewards of the answers and of the corrections in the last update."""
-        trajectories, _ = self._updates[-1]
-        return {f"r{turn}": fmean(t.reward(turn) for t in trajectories) for turn in (1, 2)}
-
-    def take_over(self, folder: Path) -> None:
-        """Have the sampler hold the weights that train, which ``folder`` has."""
-        self.sampler.load(folder)
-        self._loaded = None
-
-    def updates_done(self, n: int) -> None:
-        """Write what the updates of iteration n have sampled and learnt, as other iterations do before."""
-        files = self.run.iteration(n)
-        if processes.rank() == 0:
-            trajectories, examples = zip(*self._updates, strict=True)
-            answers = files.answers(len(self.algorithm.turns))
-            for path, records in ((answers, trajectories), (files.dataset, examples)):
-                self.run.note_lines(path, write_lines(path, map(to_json, chain(*records))))
-        processes.wait_for(files.dataset)
-
-    def _update_questions(self, number: int) -> list[Question]:
-        """Another part of the training questions for each update; when all were asked, all anew."""
-        questions, size = self.questions["train"], self.algorithm.questions_per_update
-        passes, part = divmod(number, len(questions) // size)
-        generator = torch.Generator().manual_seed(derived_seed(self.seed, passes, "questions"))
-        order = torch.randperm(len(questions), generator=generator).tolist()
-        return [questions[i] for i in sorted(order[part * size : (part + 1) * size])]
-
     # ------------------------------------------------------------------ around it
 
     def start(self, device: torch.device, log: Path, memory: int | None = None) -> None:
@@ -265,6 +209,11 @@ class Experiment:
         self._loaded: int | None = 0
         self.sampler.memory = memory
         self.sampler.start(self.base.path, device=device, context=self.context, log=log)
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether each training epoch samples its own share of D_n; then ``updates`` makes it."""
+        return self.algorithm.questions_per_update is not None
 
     def model_folder(self, n: int) -> Path:
         """Where M_n lies."""
@@ -421,9 +370,9 @@ class Experiment:
         """Have M_n take some turns, the number of the first of which is ``first``."""
         self.load(n)
         make_journal = partial(self._journal, n, sampling) if journal else None
-        return self._take(trajectories, turns, sampling, stage, first, make_journal)
+        return self.take_turns(trajectories, turns, sampling, stage, first, make_journal)
 
-    def _take(
+    def take_turns(
         self,
         trajectories: Iterable[Trajectory],
         turns: Sequence[Turn],
@@ -454,6 +403,11 @@ class Experiment:
             Probe.read(self.run.iteration(n).probe).check(self.sampler, folder, before)
         self._loaded = n
 
+    def take_over(self, folder: Path) -> None:
+        """Have the sampler hold weights that are no M_n, but those that train; ``folder`` has them."""
+        self.sampler.load(folder)
+        self._loaded = None
+
     def _journal(self, n: int, sampling: Sampling, stage: str) -> Journal:
         """The journal of a stage in which M_n answers; that of M_0 stays, for other runs."""
         model = ModelFolder(self.model_folder(n)).identity()
@@ -462,7 +416,7 @@ class Experiment:
         others = self.reuse.glob("**/draws/M_0") if self.reuse and n == 0 else ()
         return Journal(folder, stage, processes.rank(), json.dumps(follows_from), others)
 
-    def _select(self, n: int, trajectories: Iterable[Trajectory]) -> Iterator[Example]:
+    def select(self, n: int, trajectories: Iterable[Trajectory]) -> Iterator[Example]:
         """What the algorithm selects, if it is what the algorithm says that it learns."""
         name = type(self.algorithm).__name__
         selected = self.algorithm.select(n, trajectories)
@@ -533,10 +487,9 @@ class Experiment:
                 "data.sampling.temperature is 0, so all draws of a prompt are the same: "
                 "raise it, or set algorithm.n_init and algorithm.n_corr to 1."
             )
-        self._check_turns()
-        self._check_models()
+        self.algorithm.check(self.evaluation.samples)
         if self.on_policy and "train" in self.questions:
-            self._check_on_policy()
+            self.updates = Updates(self)
         learns = self.algorithm.learns if self.algorithm.iterations else set()
         asks = {turn.prompt for turn in (*self.algorithm.turns, *self.algorithm.test_turns(1))}
         check_prompts(self.dialogue.prompts, asks | learns, "data.prompts")
@@ -552,50 +505,6 @@ class Experiment:
         and the id of its question."""
         self.context = max(map(self._longest, self.questions))
         """Tokens that the longest prompt and its answer can take together."""
-
-    def _check_turns(self) -> None:
-        """Find out whether the algorithm asks anything."""
-        for name, turns in {
-            "turns": self.algorithm.turns,
-            "test_turns": self.algorithm.test_turns(self.evaluation.samples),
-        }.items():
-            if not (
-                isinstance(turns, list | tuple) and turns and all(isinstance(turn, Turn) for turn in turns)
-            ):
-                raise UserError(
-                    f"{type(self.algorithm).__name__}.{name} gave {turns!r}: it must give a tuple of "
-                    "stasc.algorithm.Turn, the first of which asks for initial answers."
-                )
-
-    def _check_models(self) -> None:
-        """Find out whether the algorithm names models that there are by then."""
-        for n in range(self.algorithm.iterations + 1):
-            last = {"test_initial_model": n} | ({"initial_model": n - 1, "base_model": n - 1} if n else {})
-            for name, most in last.items():
-                m = getattr(self.algorithm, name)(n)
-                if type(m) is not int or not 0 <= m <= most:
-                    raise UserError(
-                        f"{type(self.algorithm).__name__}.{name}({n}) gave {m!r}: it must give the number "
-                        f"of a model that there is by then, from 0 to {most}."
-                    )
-
-    def _check_on_policy(self) -> None:
-        """Find out whether an update's answers come from the distribution that it changes."""
-        name = type(self.algorithm).__name__
-        if self.sampling.top_p < 1 or self.sampling.temperature == 0:
-            raise UserError(
-                f"{name} learns from the whole distribution that it samples from: set data.sampling.top_p to "
-                "1, and data.sampling.temperature to 1 or at least above 0."
-            )
-        if self.training_dialogue.prompts != self.dialogue.prompts:
-            raise UserError(
-                f"{name} learns for the prompts that it samples with: leave data.training_prompts out."
-            )
-        if (size := self.algorithm.questions_per_update) > (count := len(self.questions["train"])):
-            raise UserError(
-                f"{name} asks {size} questions in an update, and data.train has {count}: lower "
-                "algorithm.questions."
-            )
 
     def _longest(self, name: str) -> int:
         """Tokens that the longest prompt of a question set and its answer can take.
@@ -625,8 +534,3 @@ class Experiment:
                 # an answer that is tokenised again in a prompt can be that much longer than it was sampled.
                 longest = max(longest, needed + 2 * answers * max_tokens)
         return min(longest, room)
-
-
-def unanswered(questions: Sequence[Question]) -> list[Trajectory]:
-    """Trajectories that have only their questions yet."""
-    return [Trajectory(question) for question in questions]

@@ -134,6 +134,11 @@ class Example:
         return self.trajectory.answers[self.turn - 1]
 
 
+def unanswered(questions: Sequence[Question]) -> list[Trajectory]:
+    """Trajectories that have only their questions yet."""
+    return [Trajectory(question) for question in questions]
+
+
 Record = TypeVar("Record", Trajectory, Example)
 
 

@@ -287,10 +287,10 @@ def score(**options: int) -> SCoRe:
 
 def test_the_updates_of_an_iteration_are_one_file_in_its_end(make):
     experiment = make(score())
-    examples = [experiment.update(1, number) for number in range(3)]
+    examples = [experiment.updates.sample(1, number) for number in range(3)]
     files = experiment.run.iteration(1)
     assert not files.folder.exists()
-    experiment.updates_done(1)
+    experiment.updates.write(1)
     assert list(experiment.dataset(1)) == [example for of_one in examples for example in of_one]
     asked = [t.question.id for t in experiment.trajectories(1)]
     assert len(asked) == 6
@@ -298,9 +298,9 @@ def test_the_updates_of_an_iteration_are_one_file_in_its_end(make):
     assert experiment.training_metrics(1)["dataset"]["size"] == sum(map(len, examples))
 
     again = make(score(), run=Run(experiment.run.folder / "again"))
-    assert [again.update(1, number) for number in range(3)] == examples
+    assert [again.updates.sample(1, number) for number in range(3)] == examples
     longer = make(score(updates_per_iteration=1), run=Run(experiment.run.folder / "longer"))
-    assert [longer.update(number + 1, number) for number in range(1)] == examples[:1]
+    assert [longer.updates.sample(number + 1, number) for number in range(1)] == examples[:1]
 
 
 @pytest.mark.parametrize(
@@ -326,4 +326,4 @@ def test_a_hold_on_m0_is_announced(make):
     system = score()
     system.stays_near_m0 = False
     with pytest.raises(UserError, match=r"gave an example with kl: set SCoRe\.stays_near_m0 to True"):
-        make(system).update(1, 0)
+        make(system).updates.sample(1, 0)

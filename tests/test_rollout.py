@@ -9,14 +9,13 @@ from conftest import answer, corrected, tiny_model
 from stasc.algorithm import Turn
 from stasc.answers import LastNumber, WholeCompletion
 from stasc.errors import UserError
-from stasc.experiment import unanswered
 from stasc.model_folder import ModelFolder
 from stasc.prompting import Dialogue, Message
 from stasc.reward import InAccuracy, Reward
 from stasc.rollout import Rollout
 from stasc.sampling import Draw, Request, Sampling, TransformersSampler
 from stasc.sampling.journal import Journal
-from stasc.trajectory import Question, Trajectory, to_json
+from stasc.trajectory import Question, Trajectory, to_json, unanswered
 
 PROMPTS = {
     "initial": [Message("user", "{question}")],
