@@ -1,21 +1,24 @@
 """``python -m stasc check``: the program rehearsed on few questions, and what follows for the whole run."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 from conftest import tiny_model
 
-from callbacks.measurement import STEPS, few, longest_example, longest_examples
+from callbacks.measurement import STEPS, Measurement, few, longest_example, longest_examples
 from data import demo
 from data.trajectories import Batches
 from stasc.algorithm import STaR, STaSC
 from stasc.answers import WholeCompletion
+from stasc.errors import UserError
 from stasc.experiment import Evaluation, Experiment
 from stasc.model_folder import ModelFolder
 from stasc.prompting import Dialogue, Message
 from stasc.reward import InAccuracy
 from stasc.run import Run
 from stasc.sampling import Sampling, TransformersSampler
+from stasc.score import SCoRe
 from stasc.training.batches import CorrectionBatches
 from stasc.trajectory import Question
 
@@ -70,6 +73,13 @@ def test_the_longest_examples_are_as_long_as_the_engine_reckons_with(experiment)
     lengths, sizes = cut(made, Batches(size=4))
     assert made.context - 3 < min(lengths) <= max(lengths) <= made.context  # " so" is three tokens here
     assert len(sizes) == STEPS  # all of a step fits into one micro-batch
+
+
+def test_an_on_policy_system_is_not_rehearsed(experiment, tmp_path):
+    made = experiment(SCoRe(stage_one=1, stage_two=0, updates_per_iteration=1, questions=2))
+    trainer = SimpleNamespace(datamodule=SimpleNamespace(experiment=made))
+    with pytest.raises(UserError, match="check does not rehearse on-policy systems, and SCoRe is one: start"):
+        Measurement(str(tmp_path), 1).setup(trainer, None, "fit")
 
 
 @pytest.mark.parametrize("prefix_sharing", [True, False])
