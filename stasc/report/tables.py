@@ -300,7 +300,8 @@ def corrections_table(systems: Sequence[System]) -> Table:
             }
             values |= {name: [getattr(point, name) for point in points] for name in ("repeated", "edited")}
             for name, of_runs in values.items():
-                record[f"{prefix}{name}"] = None if None in of_runs else fmean(of_runs)
+                known = [value for value in of_runs if value is not None]
+                record[f"{prefix}{name}"] = fmean(known) if known else None
         records.append(record)
 
     def share(name: str, title: str, form: str = ".1%") -> Column:
@@ -310,7 +311,7 @@ def corrections_table(systems: Sequence[System]) -> Table:
     note = (
         "Of the final iteration, on the test questions; means over seeds, and below them those of M₀. Shares "
         "of all answers that were wrong and became right, and so on; of corrections that repeat the answer "
-        "word by word; and how many of the words the others change."
+        "word by word; and of the words that the others change, where there are others."
     )
     columns = (
         Column("System", "system"),
@@ -348,7 +349,7 @@ def cost_table(systems: Sequence[System]) -> Table:
         Column("Tokens", "tokens", ",.0f"),
         Column("Learnt", "learnt", ",.0f"),
         Column("Optimiser steps", "steps", ",.0f"),
-        Column("Hours", "hours", ".2f"),
+        Column("Hours", "hours", ".3g"),
     )
     return Table("cost", "What training took", note, to_frame(records), columns)
 
