@@ -40,7 +40,7 @@ PATIENCE = 3600
 PROCESSES = {
     "one": (),
     "ddp": ("--trainer.devices", "2", "--trainer.strategy", "ddp"),
-    "fsdp": ("--trainer.devices", "2", "--trainer.strategy", "cpu_fsdp.CPUFSDPStrategy"),
+    "fsdp": ("--trainer.devices", "2", "--trainer.strategy.class_path", "cpu_fsdp.CPUFSDPStrategy"),
 }
 LONG = ("--algorithm.iterations", "2", "--algorithm.epochs", "{epochs}")
 UPDATES = ("stage_one", "stage_two", "updates_per_iteration", "questions")

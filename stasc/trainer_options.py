@@ -101,7 +101,10 @@ def _check_name(
     """Raise UserError for a name that is none of ``names``, nor of ``others``, which are not told."""
     value = trainer[option]
     if isinstance(value, str) and value not in (*names, *others):
-        raise UserError(f"trainer.{option} is '{value}': it must be one of {', '.join(names)}.")
+        advice = f"it must be one of {', '.join(names)}"
+        if "." in value:  # Lightning takes a text as a name
+            advice = f"give a class as --trainer.{option}.class_path, or a name: {', '.join(names)}"
+        raise UserError(f"trainer.{option} is '{value}': {advice}.")
 
 
 def _check_callbacks(option: Any) -> None:

@@ -109,6 +109,11 @@ def jsonl(path, *rows: object):
         ),
         ("trainer.precision", "bf16-true", "trainer.precision is bf16-true, which rounds small updates away"),
         ("trainer.strategy", "no_such", "trainer.strategy is 'no_such': it must be one of auto, ddp"),
+        (
+            "trainer.strategy",
+            "lightning.pytorch.strategies.DDPStrategy",
+            "DDPStrategy': give a class as --trainer.strategy.class_path, or a name: auto, ddp, fsdp.",
+        ),
         ("trainer.reload_dataloaders_every_n_epochs", 0, "trainer.reload_dataloaders_every_n_epochs"),
         (
             "trainer.limit_train_batches",
