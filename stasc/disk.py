@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from stasc.errors import UserError
+from stasc.errors import UserError, chain
 
 _REFUSALS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
@@ -46,13 +46,12 @@ def refusal(error: BaseException) -> str | None:
     )
 
 
-def _origin(error: BaseException | None) -> OSError | None:
+def _origin(error: BaseException) -> OSError | None:
     """The operating system's own error, of which a library has made this one."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in _REFUSALS:
-            return error
-        number = re.search(r"\(os error (\d+)\)$", str(error))  # safetensors, which is written in Rust
+    for link in chain(error):
+        if isinstance(link, OSError) and link.errno in _REFUSALS:
+            return link
+        number = re.search(r"\(os error (\d+)\)$", str(link))  # safetensors, which is written in Rust
         if number and int(number[1]) in _REFUSALS:
             return OSError(int(number[1]), os.strerror(int(number[1])))
-        error = error.__cause__ or error.__context__
     return None

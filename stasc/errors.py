@@ -1,4 +1,8 @@
-"""The exception for mistakes of the user, and a check of what users write anywhere."""
+"""The exception for mistakes of the user, a check of what users write, and where an error comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
 
 
 class UserError(Exception):
@@ -24,3 +28,12 @@ def check_text(text: str, name: str) -> None:
             f"{name} has half a character, U+{ord(text[error.start]):04X} at place {error.start + 1}: write "
             "the whole one, or leave it out."
         ) from error
+
+
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those that it was raised from, each once, as those raised again can form a ring."""
+    seen: list[BaseException] = []
+    while error is not None and not any(error is one for one in seen):
+        yield error
+        seen.append(error)
+        error = error.__cause__ or error.__context__

@@ -6,10 +6,10 @@ import re
 import sys
 import sysconfig
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from types import CodeType, FrameType
 
+from stasc.errors import chain
 from stasc.house import HOUSE
 
 _INSTALLED = {path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")}
@@ -24,7 +24,7 @@ def blame(error: BaseException) -> str | None:
 
     The sentence has the class and method, the file and line that came last, and the error with its notes.
     """
-    for link in _chain(error):
+    for link in chain(error):
         frames = [frame for frame in traceback.walk_tb(link.__traceback__) if _is_users(frame[0])]
         if frames:
             frame, line = frames[-1]
@@ -57,14 +57,6 @@ def _called_wrongly(refusal: str) -> CodeType | None:
             if code := getattr(found, "__code__", None):
                 return code
     return None
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An error and those that it was raised from."""
-    link: BaseException | None = error
-    while link is not None:
-        yield link
-        link = link.__cause__ or link.__context__
 
 
 def _is_users(frame: FrameType) -> bool:

@@ -10,12 +10,14 @@ import torch
 from conftest import MANUAL, tiny_model
 
 from callbacks.curves import Curves
-from stasc.disk import refusal
+from stasc.disk import naming, refusal
+from stasc.errors import chain
 from stasc.run import write_lines
 from stasc.sampling import Draw, Request
 from stasc.sampling.journal import Journal
 from stasc.training.checkpoints import WholeCheckpoints
 from stasc.training.weights import load_model, write_model
+from stasc.users_code import blame
 
 FULL = 2_000
 """Bytes to which a file can grow."""
@@ -85,3 +87,13 @@ def test_a_full_disk_is_told_with_the_file_and_leaves_none_that_is_half_written(
     assert not list(tmp_path.rglob("*.tmp"))
     write(path, m_0)
     assert path.exists() or write is write_curves, "which adds the time to the name"
+
+
+def test_errors_that_name_each_other_are_each_looked_at_once(tmp_path):
+    """As a thread's error does that is raised again while what came of it is handled."""
+    thread, named = ValueError("in the thread"), RuntimeError("named")
+    named.__cause__, thread.__context__ = thread, named
+    assert list(chain(named)) == [named, thread]
+    assert blame(named) is None
+    with pytest.raises(RuntimeError, match="named"), naming(tmp_path / "file"):
+        raise named
