@@ -291,7 +291,9 @@ def test_what_training_took_is_summed_over_iterations_and_starts(tmp_path):
         tests, folder = [("000000", "000000")] * 3, tmp_path / f"{name}-{seed}"
         work = {"train": {"answers": 100 * seed, "tokens": 1000}, "training": {"steps": 7}}
         make_run(folder, tests, name, seed=seed, sizes=(5, 9), further=work)
-        write_json(Run(folder).starts, {"starts": [{"seconds": of, "processes": 2} for of in seconds]})
+        stopped = {"date": "before an iteration was done"}
+        starts = [stopped, *({"seconds": of, "processes": 2} for of in seconds)]
+        write_json(Run(folder).starts, {"starts": starts})
 
     run("EIE", 1, [1800.0, 3600.0])
     run("EIE", 2, [1800.0])

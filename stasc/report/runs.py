@@ -56,8 +56,8 @@ class Point:
 class RunResult:
     """One run: what it says of its system, and a point for each of M_0, M_1, ... as far as it went.
 
-    ``folder`` is None for a curve of the paper. ``hours`` are those of all its processes together, in all
-    its starts; None if one of them does not say.
+    ``folder`` is None for a curve of the paper. ``hours`` are those of all its processes together, until the
+    last iteration of each of its starts; None if no start says.
     """
 
     name: str
@@ -142,12 +142,13 @@ def _read(folder: Path, name: str) -> RunResult:
 
 
 def _hours(starts: Path) -> float | None:
-    """Hours of all processes of a run together."""
+    """Hours of all processes together, of the starts that have finished an iteration; None without any."""
     try:
         found = json.loads(starts.read_text(encoding="utf-8"))["starts"]
-        return sum(start["seconds"] * start["processes"] for start in found) / 3600
-    except (OSError, ValueError, TypeError, KeyError):  # of an earlier version, or not kept
+        seconds = [start["seconds"] * start["processes"] for start in found if "seconds" in start]
+    except (OSError, ValueError, TypeError, KeyError):  # not kept
         return None
+    return sum(seconds) / 3600 if seconds else None  # a run of an earlier version has not noted them
 
 
 def _point(run: Run, n: int) -> tuple[Point, frozenset[Question]]:
