@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from data.questions import QuestionSource, hold_out, load
 from stasc.answers import FinalAnswer, WholeCompletion
+from stasc.ending import set_handlers
 from stasc.errors import UserError
 from stasc.experiment import Evaluation, Experiment
 from stasc.memory import engine_share
@@ -171,6 +172,7 @@ class TrajectoryDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Steps 1 to 3 of the iteration under way, unless they are done, and the batches of D_n."""
+        set_handlers()  # Lightning calls nothing of ours between this and the setting of its own
         self.steps, dataset = 0, []
         if self.experiment.algorithm.iterations:
             if self.epochs_done < self.trainer.max_epochs:

@@ -206,6 +206,8 @@ class STaSCCLI(LightningCLI):
         config = self.config_init[self.subcommand]
         run, algorithm = Run(config.run_dir), config.algorithm
         kwargs["max_epochs"] = algorithm.iterations * algorithm.epochs
+        # On SLURM Lightning loads a checkpoint of whatever has run there before: nothing is where a run is.
+        kwargs["default_root_dir"] = config.trainer.default_root_dir or config.run_dir
         if self.subcommand != "fit":
             kwargs["logger"] = False
         elif config.trainer.logger in (None, True):

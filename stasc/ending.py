@@ -23,13 +23,19 @@ from stasc.progress import speaks
 from stasc.texts import printable
 from stasc.users_code import blame
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""Ctrl-C; SLURM, docker and kill; a closed terminal."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""Ctrl-C; SLURM, docker and kill; a closed terminal; a time limit that is near, as SLURM can tell.
+
+Lightning would answer the last one with a checkpoint in the midst of an epoch, which no start can go on from.
+"""
 
 _FULL_MEMORY = " (was memory full? lower data.batches.token_budget, or sampler.kv_cache_gib)"
 
 _CONNECTION_LOST = re.compile("Connection (reset|closed) by|Broken pipe|remote process exited")
 """What gloo and NCCL say of a process that is gone."""
+
+_heard: set[signal.Signals] = set()
+"""Those that end this process."""
 
 _PR_SET_PDEATHSIG = 1
 _STARTED_BY = "STASC_STARTED_BY"
@@ -104,17 +110,24 @@ def end_on_signals() -> None:
     """From now on a signal ends this process, with one sentence and status 128 + the signal's number.
 
     Signals that are ignored now, as nohup ignores SIGHUP, stay ignored. A thread waits for the signals,
-    because the main thread may wait for another process, and Python would not run a handler until then. What
-    other handlers are set later, as Lightning does, does not matter.
+    because the main thread may wait for another process, and Python would not run a handler until then.
     """
-    heard = {number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN}
-    for number in heard:
-        signal.signal(number, lambda *_: None)  # without a handler Python would not tell the thread
+    _heard.update(number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN)
+    set_handlers()
     received, sent = os.pipe()
     os.set_blocking(sent, False)
     signal.set_wakeup_fd(sent)
-    os.register_at_fork(after_in_child=lambda: _be_a_child(heard))
-    threading.Thread(target=_end_on, args=[heard, received], daemon=True).start()
+    os.register_at_fork(after_in_child=_be_a_child)
+    threading.Thread(target=_end_on, args=[received], daemon=True).start()
+
+
+def set_handlers() -> None:
+    """Have the signals end this process and do nothing else, whatever handlers were set meanwhile.
+
+    Lightning's handler of SIGTERM begins to talk to the other ranks, in the midst of what they do.
+    """
+    for number in _heard:
+        signal.signal(number, lambda *_: None)  # without a handler Python would not tell the thread
 
 
 def end_with_rank_zero() -> None:
@@ -168,8 +181,8 @@ def _say(sentence: str) -> None:
     os.write(2, f"\nstasc: {sentence}\n".encode())
 
 
-def _end_on(heard: set[signal.Signals], received: int) -> None:
-    while (number := os.read(received, 1)[0]) not in heard:
+def _end_on(received: int) -> None:
+    while (number := os.read(received, 1)[0]) not in _heard:
         pass
     ranks = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
     if all(os.environ.get(rank, "0") == "0" for rank in ranks):
@@ -180,9 +193,9 @@ def _end_on(heard: set[signal.Signals], received: int) -> None:
     os._exit(128 + number)
 
 
-def _be_a_child(heard: set[signal.Signals]) -> None:
+def _be_a_child() -> None:
     """In a forked process, such as one of a pool of the user's: signals for it are not for its parent."""
     signal.set_wakeup_fd(-1)
-    for number in heard:
+    for number in _heard:
         signal.signal(number, signal.SIG_DFL)
     end_with(os.getppid())

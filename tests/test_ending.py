@@ -8,7 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, demo_fit, stasc_environment
+
+from stasc.ending import SIGNALS
 
 RANKS_WITH_ENGINES = r"""
 import ctypes, os, subprocess, sys, time
@@ -77,7 +79,7 @@ def running(pid: int) -> bool:
 
 
 @pytest.mark.usefixtures("ctrl_c_is_heard")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+@pytest.mark.parametrize("number", [*SIGNALS, signal.SIGKILL])
 @pytest.mark.parametrize("whole_group", [False, True])
 def test_a_signal_ends_ranks_and_engines_with_one_sentence(tmp_path, number, whole_group):
     program = started(tmp_path, RANKS_WITH_ENGINES, process_group=0)
@@ -88,6 +90,29 @@ def test_a_signal_ends_ranks_and_engines_with_one_sentence(tmp_path, number, who
     assert_gone(processes)
     sentence = f"\nstasc: stopped by {number.name}; run the same command again to go on.\n"
     assert (tmp_path / "stderr").read_text() == ("" if killed else sentence)
+
+
+def test_a_job_of_slurm_has_no_checkpoint_beside_that_of_its_run(cache, tmp_path):
+    """Lightning would write one on SIGUSR1, and start from any that lies in the current directory."""
+    (another := tmp_path / "hpc_ckpt_1.ckpt").write_bytes(b"of another program")
+    numbers = dict.fromkeys(("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID"), "0")
+    slurm = numbers | {"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "learn", "SLURM_JOB_ID": "7"}
+    _, _, config, *arguments = demo_fit(run := tmp_path / "run", train=16, test=4, iterations=1)
+    job = subprocess.Popen(
+        [sys.executable, "-m", "stasc", "fit", "--config", ROOT / config, *map(str, arguments)],
+        cwd=tmp_path,
+        env=stasc_environment(cache) | slurm,
+        stdout=subprocess.DEVNULL,
+        stderr=(tmp_path / "stderr").open("wb"),
+    )
+    while not (run / "iteration-00/metrics.json").exists():
+        assert job.poll() is None, (tmp_path / "stderr").read_text()
+        time.sleep(0.01)
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(60) == 128 + signal.SIGUSR1
+    said = (tmp_path / "stderr").read_text()
+    assert said.endswith("\nstasc: stopped by SIGUSR1; run the same command again to go on.\n")
+    assert list(tmp_path.rglob("hpc_ckpt*")) == [another]
 
 
 def test_a_rank_that_is_killed_ends_all_others_with_one_sentence(tmp_path):

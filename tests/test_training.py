@@ -2,6 +2,7 @@
 
 import math
 import os
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -52,6 +53,7 @@ class Recorder(Callback):
                 "buffers": {_plain(name): buffer.clone() for name, buffer in pl_module.named_buffers()},
                 "states": len(optimizer.state),
                 "processes": (type(wrapped).__name__, trainer.world_size),
+                "on_sigterm": signal.getsignal(signal.SIGTERM).__module__,
             }
         if trainer.is_global_zero:
             torch.save(step, Path(trainer.default_root_dir) / f"step-{trainer.global_step:02d}.pt")

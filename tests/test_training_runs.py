@@ -116,6 +116,12 @@ def test_evolving_continues_from_the_last_model_and_fixed_from_m_0(evolving, fix
             assert moved(weights(iteration(run, n) / "model"), weights(base)) > 0.95
 
 
+def test_sigterm_does_nothing_but_end_a_process(evolving, fixed):
+    """Lightning's handler would begin to talk to the other ranks, in the midst of what they do."""
+    for run in (evolving, fixed):
+        assert {step["on_sigterm"] for step in recorded(run)} == {"stasc.ending"}
+
+
 def test_every_iteration_has_the_whole_schedule(evolving, fixed):
     for run in (evolving, fixed):
         expected = []
