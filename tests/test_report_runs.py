@@ -69,6 +69,30 @@ def test_the_names_of_models_and_classes_are_short_unless_two_are_the_same(tmp_p
     assert labels(tmp_path / "x") == [("Mine, one.Mine", 1), ("Mine, two.Mine", 1)]
 
 
+def test_tasks_that_differ_in_much_are_told_apart_by_little(tmp_path):
+    for name, task in (("EIE", "sums"), ("ENE", "sums"), ("EIF", "letters")):
+        of_task = {
+            f"data__{option}": f"{option} of {task}" for option in ("train", "answer", "reward", "test")
+        }
+        make_run(tmp_path / name, ONE, name, **of_task, data__prompts=[task])
+    assert labels(tmp_path) == [
+        ("EIF · demo, test=test of letters", 1),
+        ("EIE · demo, test=test of sums", 1),
+        ("ENE · demo, test=test of sums", 1),
+    ]
+
+
+def test_an_option_of_any_length_has_a_name_that_fits_in_a_file_name(tmp_path):
+    for name in ("one", "two"):
+        make_run(tmp_path / name, ONE, data__test=f"{name} {'long ' * 100}")
+        make_run(tmp_path / f"{name}-too", ONE, model__base=f"{name}{'-long' * 40}")
+    report(tmp_path, "--out", tmp_path / "out")
+    assert "EIE · demo, test no. 2" in (tmp_path / "out/report.md").read_text()
+    pictures = [path.name for path in (tmp_path / "out/figures").glob("transitions-*.svg")]
+    assert len(pictures) == 4
+    assert max(map(len, pictures)) < 128
+
+
 def test_a_system_is_the_same_whether_or_not_its_options_name_the_variant(tmp_path):
     make_run(tmp_path / "a", TWO, "EIE", algorithm__init_args__variant="EIE")
     make_run(tmp_path / "b", TWO, "ENE", algorithm__init_args__variant="ENE")

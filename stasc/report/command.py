@@ -10,7 +10,7 @@ from typing import NoReturn
 import pandas as pd
 
 from stasc.errors import UserError
-from stasc.report import figures, tables
+from stasc.report import figures, rewards, tables
 from stasc.report.browser import embed, sampled
 from stasc.report.figures import FigureGroup
 from stasc.report.page import GENERATOR, Sections, page
@@ -106,12 +106,12 @@ def report(places: Sequence[Path], out: Path, paper: Path | None, at_most: int) 
     systems = ours + (group_runs(read_paper(paper), paper=True) if paper else [])
     shown = panels(systems)
     trajectories = embed(ours, at_most)
-    summary = tables.summarize(systems)
+    summary = rewards.summarize(systems)
     sections: Sections = {
         "Results": [
-            tables.table2(systems, summary),
-            tables.table1(systems, summary),
-            tables.pairs_table(systems),
+            rewards.table2(systems, summary),
+            rewards.table1(systems, summary),
+            rewards.pairs_table(systems),
             tables.corrections_table(systems),
             tables.cost_table(systems),
             tables.further_table(systems),
@@ -178,7 +178,7 @@ def _notes(systems: Sequence[System], just_begun: Sequence[str]) -> list[str]:
         if not run.finished
     ]
     notes += [f"{name} has begun and has not evaluated M_0 yet: it is left out." for name in just_begun]
-    return [*notes, *filter(None, [tables.unlike_test_sets(systems)])]
+    return [*notes, *filter(None, [rewards.unlike_test_sets(systems)])]
 
 
 def _count(number: int, thing: str) -> str:

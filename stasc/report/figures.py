@@ -16,9 +16,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from stasc.report.rewards import TURNS
 from stasc.report.systems import Panel, System
 from stasc.report.table import number
-from stasc.report.tables import TURNS
 from stasc.statistics import correlation
 
 INK, SOFT, PAPER = "#1c2128", "#6e7681", "#ffffff"
@@ -29,6 +29,8 @@ INK, SOFT, PAPER = "#1c2128", "#6e7681", "#ffffff"
 _HUES = {"IE": "#2b7bba", "IF": "#d55e00", "NE": "#b8629a", "NF": "#008f68"}
 _MARKERS = {"E": "o", "F": "s"}
 _OTHER_HUE = "#7a828e"
+_LONGEST_SLUG = 100
+"""Characters of a title in a file name."""
 
 # Colours of ``TRANSITIONS``, from the bottom of a bar: what is right after correction, then what is wrong.
 _TRANSITIONS = {
@@ -373,7 +375,7 @@ def _slugs(titles: Sequence[str]) -> list[str]:
     """A file name for each title; no two are the same."""
     slugs: list[str] = []
     for title in titles:
-        slug = re.sub(r"[^a-z0-9.]+", "-", title.lower()).strip("-.") or "panel"
+        slug = re.sub(r"[^a-z0-9.]+", "-", title.lower())[:_LONGEST_SLUG].strip("-.") or "panel"
         twins = sum(re.fullmatch(re.escape(slug) + r"(-\d+)?", other) is not None for other in slugs)
         slugs.append(f"{slug}-{twins + 1}" if twins else slug)
     return slugs

@@ -24,6 +24,10 @@ SIZES = ("algorithm.init_args.n_init", "algorithm.init_args.n_corr")
 _ITERATIONS = "algorithm.init_args.iterations"
 _THRESHOLD = "algorithm.init_args.threshold"
 _VARIANT = "algorithm.init_args.variant"
+_MOST_NAMED = 4
+"""Options in a name; where more differ, as between tasks, it has as few as tell the systems apart."""
+_LONGEST_NAMED = 60
+"""Characters of a value in a name; a longer one is numbered."""
 
 T = TypeVar("T")
 
@@ -213,6 +217,8 @@ def _names(option_sets: Sequence[dict[str, Any]], always: str = "") -> list[str]
         for name in dict.fromkeys([always, *(name for options in option_sets for name in options)])
     }
     named = [name for name in values if name == always or len(values[name]) > 1]
+    if len(named) > _MOST_NAMED:
+        named = _enough(option_sets, named, always)
 
     def word(name: str, value: Any) -> str:
         short = name.rpartition(".")[2]
@@ -221,7 +227,7 @@ def _names(option_sets: Sequence[dict[str, Any]], always: str = "") -> list[str]
             return _last_part(str(value), {str(options.get(name)) for options in option_sets}, separator)
         if sum(other.rpartition(".")[2] == short for other in named) > 1:
             short = name
-        if isinstance(value, list | dict):  # such as prompts: too long for a name
+        if isinstance(value, list | dict) or len(str(value)) > _LONGEST_NAMED:  # such as prompts
             return f"{short} no. {values[name].index(_key(value)) + 1}"
         return f"{short}={value}"
 
@@ -229,6 +235,21 @@ def _names(option_sets: Sequence[dict[str, Any]], always: str = "") -> list[str]
         printable(", ".join(word(name, options[name]) for name in named if name in options))
         for options in option_sets
     ]
+
+
+def _enough(option_sets: Sequence[dict[str, Any]], names: Sequence[str], always: str) -> list[str]:
+    """As few of the options as tell the sets apart, one by one that which tells most; ``always`` first."""
+
+    def told_apart(by: Sequence[str]) -> int:
+        return len({_key([options.get(name) for name in by]) for options in option_sets})
+
+    enough = [always]
+    while told_apart(enough) < told_apart(names):
+        # Of several that tell as much, that of the test questions is the one to read.
+        enough.append(
+            max(names, key=lambda name: (told_apart([*enough, name]), name.startswith("data.test")))
+        )
+    return [name for name in names if name in enough]
 
 
 def _last_part(path: str, paths: set[str], separator: str) -> str:
