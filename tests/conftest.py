@@ -18,6 +18,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import Phi3Config, Phi3ForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from data import smollm2
+from stasc.__main__ import main
 from stasc.manual import Manual
 from stasc.prompting import Message
 from stasc.sampling import Sampling
@@ -188,6 +189,38 @@ def stasc(cache):
             check=False,
         )
 
+    return run
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch, capfd):
+    """Runs the program in this process and gives the sentence it ends with."""
+    run_dir = tmp_path / "run"
+    monkeypatch.setenv("STASC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    model = tiny_model(tmp_path / "model")
+
+    def written() -> list[Path]:
+        return sorted(path for path in run_dir.rglob("*") if path.name != "lock")
+
+    def run(*arguments: object, config: str = "quickstart", command: str = "fit") -> str:
+        base = [] if "--model.base" in arguments or config != "quickstart" else ["--model.base", model]
+        options = ["--config", ROOT / f"configs/{config}.yaml", "--run_dir", run_dir, *base, *arguments]
+        monkeypatch.setattr(sys, "argv", ["stasc", command, *map(str, options)])
+        before = written()
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as exit_info:
+            main()
+        out, error = capfd.readouterr()
+        assert exit_info.value.code == 2
+        assert "Traceback" not in out + error
+        assert error.startswith("stasc: ")
+        assert error.count("\n") == 1
+        assert written() == before, "something was written"
+        return error
+
+    run.run_dir = run_dir
+    run.model = model
     return run
 
 

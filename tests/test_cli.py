@@ -22,38 +22,6 @@ from stasc.refusals import RENAMED
 GOOD = {"question": "What are the last letters of Tim, Ruth and Olaf?", "references": ["m-h-f"]}
 
 
-@pytest.fixture
-def refused(tmp_path, monkeypatch, capfd):
-    """Runs the program in this process and gives the sentence it ends with."""
-    run_dir = tmp_path / "run"
-    monkeypatch.setenv("STASC_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    model = tiny_model(tmp_path / "model")
-
-    def written() -> list[Path]:
-        return sorted(path for path in run_dir.rglob("*") if path.name != "lock")
-
-    def run(*arguments: object, config: str = "quickstart", command: str = "fit") -> str:
-        base = [] if "--model.base" in arguments or config != "quickstart" else ["--model.base", model]
-        options = ["--config", ROOT / f"configs/{config}.yaml", "--run_dir", run_dir, *base, *arguments]
-        monkeypatch.setattr(sys, "argv", ["stasc", command, *map(str, options)])
-        before = written()
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as exit_info:
-            main()
-        out, error = capfd.readouterr()
-        assert exit_info.value.code == 2
-        assert "Traceback" not in out + error
-        assert error.startswith("stasc: ")
-        assert error.count("\n") == 1
-        assert written() == before, "something was written"
-        return error
-
-    run.run_dir = run_dir
-    run.model = model
-    return run
-
-
 @pytest.mark.parametrize(("old", "new"), RENAMED.items())
 def test_an_option_by_its_name_of_version_0_1_is_told_its_new_one(refused, tmp_path, old, new):
     sentence = f"data.{old} is called data.{new} now: change it"

@@ -340,16 +340,10 @@ def test_what_fsdp_does_another_way_is_refused(qwen, model, strategy, sentence):
         module.check(FSDPStrategy(**strategy))
 
 
-@pytest.mark.slow
-def test_the_program_refuses_them_before_it_writes_anything(stasc, tmp_path):
-    run = tmp_path / "run"
-    small = demo_fit(run, train=4, test=2, iterations=1)
+def test_the_program_refuses_them_before_it_writes_anything(refused):
     for options, sentence in (
         (("--model.lora.r", 0), "stasc: model.lora.r is 0: it must be 1 or more."),
         (("--model.lora.target_modules", "[query]"), "stasc: model.lora.target_modules names 'query'"),
         ((*FSDP, "--model.gradient_checkpointing", "true"), "stasc: model.gradient_checkpointing is not for"),
     ):
-        refused = stasc(*small, *options)
-        assert refused.returncode == 2
-        assert refused.stderr.splitlines()[-1].startswith(sentence)
-        assert not run.exists()
+        assert refused(*options).startswith(sentence)
