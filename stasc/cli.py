@@ -505,10 +505,19 @@ def _check_processes(trainer: Trainer) -> None:
     """Say on each node that it waits for the others.
 
     Raises:
-        UserError: A launcher has started too few processes, or none, or the nodes could not find each other.
+        UserError: A launcher has started too few processes, or none, or too many, or the nodes could not find
+            each other.
     """
     environment = getattr(trainer.strategy, "cluster_environment", None)
     if environment is None:  # one device, one process
+        if rank_zero_only.rank:
+            set_here = [name for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if name in os.environ]
+            without = " ".join(f"-u {name}" for name in (*set_here, "SLURM_NTASKS"))
+            raise UserError(
+                f"this is process {rank_zero_only.rank} of a launcher ({', '.join(set_here)}), and one "
+                "device takes one process: set trainer.devices to the number of processes. If each is to be "
+                f"a run of its own, with its own run_dir, start it with env {without}."
+            )
         return
     nodes, devices = trainer.num_nodes, trainer.num_devices
     started = environment.world_size()

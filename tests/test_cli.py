@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT, tiny_model
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from transformers import BloomConfig
 
 from stasc.__main__ import main
@@ -627,6 +628,16 @@ def test_a_launcher_that_starts_too_few_processes_is_told_how_many(refused, monk
         sentence
     )
     assert "srun (--nodes=1 --ntasks-per-node=2)" in sentence
+
+
+def test_a_launcher_that_starts_several_processes_for_one_device_is_told_two_ways(refused, monkeypatch):
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    monkeypatch.setattr(rank_zero_only, "rank", 1)  # as Lightning has it, which looks when it is imported
+    sentence = refused()
+    assert sentence.startswith(
+        "stasc: this is process 1 of a launcher (SLURM_PROCID), and one device takes one"
+    )
+    assert sentence.endswith("with its own run_dir, start it with env -u SLURM_PROCID -u SLURM_NTASKS.\n")
 
 
 def test_the_job_for_slurm_starts_a_process_for_each_gpu_and_is_queued_again(tmp_path):
