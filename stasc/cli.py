@@ -38,10 +38,10 @@ from stasc.experiment import Experiment
 from stasc.house import config_file
 from stasc.manual import Manual
 from stasc.model_folder import ModelFolder
-from stasc.progress import Progress, say
+from stasc.progress import Progress, say, speaks
 from stasc.prompting import Dialogue
 from stasc.provenance import fingerprint, this_start
-from stasc.refusals import is_given, plain_words
+from stasc.refusals import is_given, overridden, plain_words
 from stasc.run import NEVER, START, TRAINING, FirstUse, Run, SystemRecord, first_use, flatten
 from stasc.sampling import Sampler, VLLMSampler
 from stasc.texts import printable
@@ -162,13 +162,14 @@ class STaSCCLI(LightningCLI):
         """Check the options; make M_0 if it is one that is made here."""
         config = self.config[self.subcommand]
         check_trainer_options(config.trainer.as_dict())
-        places = {"run_dir": config.run_dir, "reuse": config.reuse, "data.output": config.data.output}
-        for option, place in places.items():
+        for option in ("run_dir", "reuse", "data.output"):
+            place = config[option]
             if place is not None and not place.strip():
                 such = " for the run, such as runs/mine" if option == "run_dir" else ", or leave it out"
                 raise UserError(
                     f"{option} is empty: name a {'file' if option == 'data.output' else 'folder'}{such}."
                 )
+            config[option] = place and _at_home(place)
         if config.ckpt_path:
             raise UserError(
                 "ckpt_path is not for you to set: a run goes on from its own folder's checkpoint, and "
@@ -392,7 +393,7 @@ def help_text(command: str) -> str:
     parser = ArgumentParser(
         f"python -m stasc {command}",
         usage=f"python -m stasc {command} --config FILE [--config FILE ...] [--OPTION VALUE ...]",
-        description="Later configs go on top of earlier ones, and options on top of all.",
+        description="What stands later wins, configs and options alike: so configs come first.",
         epilog=f"Another system or sampler has options of its own: --algorithm.help stasc.algorithm.STaR. "
         f"All options, those of Lightning's Trainer too: python -m stasc {command} --help all.",
         add_help=False,
@@ -432,6 +433,8 @@ def run() -> None:
     subprocess_script._launch_process_observer = end_with_ranks
     try:
         check_named_files(sys.argv[1:])
+        for sentence in overridden(sys.argv[2:]) if speaks() else ():
+            print(f"stasc: {sentence}", file=sys.stderr)
         STaSCCLI(
             CorrectionSFT,
             TrajectoryDataModule,
@@ -489,12 +492,17 @@ def _loggers_folder(run_dir: str, option: Any) -> str:
     for logger in _loggers(option):
         own = signature(resolve_name(logger.class_path)).parameters.get("save_dir")
         given = logger.init_args.get("save_dir")
-        if own and given not in (None, own.default, run_dir):
+        if own and given not in (None, own.default, run_dir, _at_home(run_dir)):
             raise UserError(
                 f"trainer.logger has save_dir {given}: loggers write to the run folder, so leave it out and "
                 "set --run_dir."
             )
-    return run_dir
+    return _at_home(run_dir)
+
+
+def _at_home(place: str) -> str:
+    """The place with ~ as a shell has it, which a config does not pass through; else as it is."""
+    return os.path.expanduser(place)  # noqa: PTH111  (a Path would change the text)
 
 
 def _class_path(cls: type) -> dict[str, str]:

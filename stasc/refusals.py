@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +110,24 @@ def is_given(option: str, arguments: Sequence[str]) -> bool:
     """Whether an option, or one within it, was typed or is in a config."""
     typed = any(re.match(rf"--{re.escape(option)}(?![\w])", argument) for argument in arguments)
     return typed or bool(_origin(option, arguments))
+
+
+def overridden(arguments: Sequence[str]) -> Iterator[str]:
+    """A sentence for each option that a config behind it sets too: what stands later wins.
+
+    Raises:
+        UserError: A config cannot be read.
+    """
+    typed: list[str] = []
+    for argument, following in zip(arguments, [*arguments, ""][1:], strict=True):
+        name, _, value = argument.partition("=")
+        if name in ("-c", "--config"):
+            config = read_config(path := Path(config_file(value or following)))
+            for option in typed:
+                if _has(config, option.removeprefix("--").replace(".init_args.", ".").split(".")):
+                    yield f"{option} stands before --config {path}, which has it too and wins."
+        elif name.startswith("--"):
+            typed.append(name)
 
 
 def _origin(option: str, arguments: Sequence[str]) -> str:

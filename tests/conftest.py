@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tokenizers import AddedToken
 from tokenizers.pre_tokenizers import ByteLevel
@@ -204,8 +205,9 @@ def refused(tmp_path, monkeypatch, capfd):
         return sorted(path for path in run_dir.rglob("*") if path.name != "lock")
 
     def run(*arguments: object, config: str = "quickstart", command: str = "fit") -> str:
-        base = [] if "--model.base" in arguments or config != "quickstart" else ["--model.base", model]
-        options = ["--config", ROOT / f"configs/{config}.yaml", "--run_dir", run_dir, *base, *arguments]
+        base = {"model": {"base": str(model)}} if config == "quickstart" else {}
+        (here := tmp_path / "here.yaml").write_text(yaml.safe_dump({"run_dir": str(run_dir), **base}))
+        options = ["--config", ROOT / f"configs/{config}.yaml", "--config", here, *arguments]
         monkeypatch.setattr(sys, "argv", ["stasc", command, *map(str, options)])
         before = written()
         capfd.readouterr()

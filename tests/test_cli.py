@@ -619,6 +619,27 @@ def test_the_docs_own_task(stasc, tmp_path):
     assert [question["text"] for question in questions] == ["Why 0?", "Why 1?", "Why 2?"]
 
 
+def test_a_run_folder_at_home_is_there_and_in_no_folder_named_tilde(refused, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine").touch()
+    (tmp_path / "place.yaml").write_text("run_dir: ~/mine\n")
+    assert f"run_dir is {tmp_path / 'mine'}, which is a file" in refused("--config", tmp_path / "place.yaml")
+
+
+def test_an_option_that_a_config_behind_it_overrides_is_told(tmp_path, monkeypatch, capsys):
+    star = tmp_path / "star.yaml"
+    star.write_text("algorithm: {class_path: stasc.algorithm.STaR, init_args: {n_corr: 0}}\n")
+    words = ["--config", "quickstart", "--algorithm.n_corr=3", "--run_dir=x", f"--config={star}"]
+    monkeypatch.setattr(sys, "argv", ["stasc", "fit", *words, "--algorithm.n_init", "7", "--print_config"])
+    with pytest.raises(SystemExit):
+        main()
+    printed = capsys.readouterr()
+    told = f"stasc: --algorithm.n_corr stands before --config {star}, which has it too and wins.\n"
+    assert printed.err == told
+    options = yaml.safe_load(printed.out)["algorithm"]["init_args"]
+    assert (options["n_corr"], options["n_init"]) == (0, 7)
+
+
 def test_a_launcher_that_starts_too_few_processes_is_told_how_many(refused, monkeypatch):
     for name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID"):
         monkeypatch.setenv(name, "0")
