@@ -57,7 +57,7 @@ echo >>"$file"
 # The whole program, under FSDP on one device: memory, rates, swaps, resume, and whether draws depend on the batch.
 sampler=VLLMSampler
 has vllm || sampler=TransformersSampler
-part check stasc.cli "$python" -m stasc check --random_weights --config configs/qwen_eif.yaml \
+part check stasc.command_line.cli "$python" -m stasc check --random_weights --config configs/qwen_eif.yaml \
     --model.base "$scratch/model" --run_dir "$scratch/run" --trainer.devices 1 --sampler $sampler \
     --data.train data.DemoQuestions --data.test data.DemoQuestions ${on_cpu[@]+"${on_cpu[@]}"}
 

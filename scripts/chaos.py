@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 import psutil
 
-import stasc.cli  # what takes seconds in every start  # noqa: F401
+import stasc.command_line.cli  # what takes seconds in every start  # noqa: F401
 from stasc import __main__ as program
 from stasc.algorithm import VARIANTS
 from stasc.ending import end_with

@@ -68,12 +68,12 @@ def _run() -> None:
         return
     if sys.argv[1] == "chat":
         with suppress(KeyboardInterrupt):
-            from stasc.chat import main as chat
+            from stasc.command_line.chat import main as chat
 
             chat(sys.argv[2:])
         return
     if sys.argv[1] == "check":
-        from stasc.check import main as check
+        from stasc.command_line.check import main as check
 
         check(sys.argv[2:])
         return
@@ -82,7 +82,7 @@ def _run() -> None:
     end_on_signals()
     end_with_rank_zero()
     with Progress("loading the libraries"):
-        from stasc.cli import run
+        from stasc.command_line.cli import run
 
     run()
 

@@ -9,7 +9,7 @@ import os
 import sys
 from contextlib import suppress
 
-from stasc.cli import run
+from stasc.command_line.cli import run
 from stasc.ending import end_after_mistakes, end_with_rank_zero
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from transformers import BloomConfig
 
 from stasc.__main__ import main
-from stasc.refusals import RENAMED
+from stasc.command_line.refusals import RENAMED
 
 GOOD = {"question": "What are the last letters of Tim, Ruth and Olaf?", "references": ["m-h-f"]}
 

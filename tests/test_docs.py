@@ -19,9 +19,9 @@ import pytest
 import yaml
 from conftest import ROOT, stasc_environment
 
-import stasc.cli
-from stasc import chat
+import stasc.command_line.cli
 from stasc.__main__ import SCRIPTS
+from stasc.command_line import chat
 from stasc.report import command as report
 from stasc.run import flatten
 
@@ -74,7 +74,7 @@ class ParserIsReady(BaseException):  # the program tells of every Exception in a
     pass
 
 
-class ParserOnly(stasc.cli.STaSCCLI):
+class ParserOnly(stasc.command_line.cli.STaSCCLI):
     def parse_arguments(self, parser, args):
         raise ParserIsReady(parser)
 
@@ -89,10 +89,10 @@ class NoCorrector:
 def parse():
     """Parses a command with the program's own parser, which takes longer to make than to use."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stasc.cli, "STaSCCLI", ParserOnly)
+        patch.setattr(stasc.command_line.cli, "STaSCCLI", ParserOnly)
         patch.setattr(sys, "argv", ["stasc", "fit"])
         with pytest.raises(ParserIsReady) as ready:
-            stasc.cli.run()
+            stasc.command_line.cli.run()
     return ready.value.args[0].parse_args
 
 
@@ -213,7 +213,7 @@ def test_options_and_classes_are_called_so(page, parse, folder):
     }
     of_programs = "".join(
         path.read_text()
-        for path in (*ROOT.glob("scripts/*.py"), Path(report.__file__), ROOT / "stasc/check.py")
+        for path in (*ROOT.glob("scripts/*.py"), Path(report.__file__), ROOT / "stasc/command_line/check.py")
     )
     for code in re.findall(r"`([^`\n]+)`", prose(page)):
         words = code.split()

@@ -491,7 +491,7 @@ def test_an_empty_dataset_leaves_the_base_model_as_it_is(stasc, cache, tmp_path,
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_is_taken_from_the_command_line_and_from_yaml(variant, monkeypatch, capsys, tmp_path):
-    from stasc.cli import run  # takes seconds
+    from stasc.command_line.cli import run  # takes seconds
 
     (tmp_path / "variant.yaml").write_text(f"algorithm: {{variant: {variant}}}")
     for given in (["--algorithm.variant", variant], ["--config", str(tmp_path / "variant.yaml")]):

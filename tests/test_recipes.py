@@ -11,7 +11,7 @@ import torch
 import yaml
 from conftest import ROOT
 
-from stasc.cli import run
+from stasc.command_line.cli import run
 
 MODELS = sorted(ROOT.glob("configs/models/*.yaml"))
 TASKS = sorted(ROOT.glob("configs/tasks/*.yaml"))

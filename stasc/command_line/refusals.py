@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stasc.config_file import read_config
+from stasc.command_line.config_file import read_config
 from stasc.house import OWN_PACKAGES, config_file
 from stasc.users_code import blame
 

@@ -30,7 +30,9 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 from callbacks import Curves, Evaluation, OuterLoop, TrainingProgress
 from data import TrajectoryDataModule, demo, smollm2
 from stasc.algorithm import Algorithm, STaSC
-from stasc.config_file import check_named_files, check_value, read_config
+from stasc.command_line.config_file import check_named_files, check_value, read_config
+from stasc.command_line.refusals import is_given, overridden, plain_words
+from stasc.command_line.trainer_options import check_trainer_options
 from stasc.disk import refusal
 from stasc.ending import end_with_ranks
 from stasc.errors import UserError
@@ -41,11 +43,9 @@ from stasc.model_folder import ModelFolder
 from stasc.progress import Progress, say, speaks
 from stasc.prompting import Dialogue
 from stasc.provenance import fingerprint, this_start
-from stasc.refusals import is_given, overridden, plain_words
 from stasc.run import NEVER, START, TRAINING, FirstUse, Run, SystemRecord, first_use, flatten
 from stasc.sampling import Sampler, VLLMSampler
 from stasc.texts import printable
-from stasc.trainer_options import check_trainer_options
 from stasc.training.checkpoints import WholeCheckpoints, check_checkpoint
 from stasc.training.module import CorrectionSFT
 from stasc.training.weights import check_weights

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from jsonargparse import ArgumentError, ArgumentParser
 from transformers.utils.logging import disable_progress_bar
 
+from stasc.command_line.refusals import plain_words
 from stasc.errors import UserError, check_text
-from stasc.refusals import plain_words
 from stasc.sampling import Sampler, TransformersSampler
 from stasc.self_corrector import SelfCorrector
 from stasc.texts import printable

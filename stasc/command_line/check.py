@@ -140,7 +140,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def _config(options: Sequence[str]) -> dict[str, Any]:
     """The whole configuration of a fit with these options; leaves with a sentence if they are wrong."""
-    from stasc.cli import run
+    from stasc.command_line.cli import run
 
     sys.argv = [sys.argv[0], "fit", *options, "--print_config"]
     printed = io.StringIO()
@@ -160,7 +160,7 @@ def _iterations(config: Mapping[str, Any]) -> int:
 
 def _random_model(base: str, folder: Path) -> Path:
     """A model of the shape of ``base`` with random weights, of which only config and tokenizer are needed."""
-    from stasc.cli import MADE_HERE
+    from stasc.command_line.cli import MADE_HERE
 
     source = ModelFolder.locate(str(MADE_HERE[base]()) if base in MADE_HERE else base, weights=False)
     print("check: random weights", file=sys.stderr, flush=True)
