@@ -207,7 +207,7 @@ class STaSCCLI(LightningCLI):
         config = self.config_init[self.subcommand]
         run, algorithm = Run(config.run_dir), config.algorithm
         kwargs["max_epochs"] = algorithm.iterations * algorithm.epochs
-        # On SLURM Lightning loads a checkpoint of whatever has run there before: nothing is where a run is.
+        # On SLURM Lightning starts from a checkpoint of its own kind that lies there, of whatever program.
         kwargs["default_root_dir"] = config.trainer.default_root_dir or config.run_dir
         if self.subcommand != "fit":
             kwargs["logger"] = False
