@@ -107,7 +107,9 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--random_weights", action="store_true", help=random_weights)
     options, of_fit = parser.parse_known_args(arguments)
     config = _config(of_fit)
-    run_dir = Path(config["run_dir"]).expanduser()
+    from stasc.command_line.cli import at_home  # has been imported by now, which takes seconds
+
+    run_dir = Path(at_home(config["run_dir"]))
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f"{run_dir.name}.check-", dir=run_dir.parent))
     free, failure = shutil.disk_usage(folder).free, ""

@@ -169,7 +169,7 @@ class STaSCCLI(LightningCLI):
                 raise UserError(
                     f"{option} is empty: name a {'file' if option == 'data.output' else 'folder'}{such}."
                 )
-            config[option] = place and _at_home(place)
+            config[option] = place and at_home(place)
         if config.ckpt_path:
             raise UserError(
                 "ckpt_path is not for you to set: a run goes on from its own folder's checkpoint, and "
@@ -492,15 +492,15 @@ def _loggers_folder(run_dir: str, option: Any) -> str:
     for logger in _loggers(option):
         own = signature(resolve_name(logger.class_path)).parameters.get("save_dir")
         given = logger.init_args.get("save_dir")
-        if own and given not in (None, own.default, run_dir, _at_home(run_dir)):
+        if own and given not in (None, own.default, run_dir, at_home(run_dir)):
             raise UserError(
                 f"trainer.logger has save_dir {given}: loggers write to the run folder, so leave it out and "
                 "set --run_dir."
             )
-    return _at_home(run_dir)
+    return at_home(run_dir)
 
 
-def _at_home(place: str) -> str:
+def at_home(place: str) -> str:
     """The place with ~ as a shell has it, which a config does not pass through; else as it is."""
     return os.path.expanduser(place)  # noqa: PTH111  (a Path would change the text)
 

@@ -118,16 +118,20 @@ def overridden(arguments: Sequence[str]) -> Iterator[str]:
     Raises:
         UserError: A config cannot be read.
     """
-    typed: list[str] = []
-    for argument, following in zip(arguments, [*arguments, ""][1:], strict=True):
-        name, _, value = argument.partition("=")
+    for place, path in _configs(arguments):
+        config = read_config(path)
+        for option in (argument.partition("=")[0] for argument in arguments[:place]):
+            names = option.removeprefix("--").replace(".init_args.", ".").split(".")
+            if option.startswith("--") and _has(config, names):
+                yield f"{option} stands before --config {path}, which has it too and wins."
+
+
+def _configs(arguments: Sequence[str]) -> Iterator[tuple[int, Path]]:
+    """Where each config stands among the arguments, and its file."""
+    for place, following in enumerate([*arguments[1:], ""][: len(arguments)]):
+        name, _, value = arguments[place].partition("=")
         if name in ("-c", "--config"):
-            config = read_config(path := Path(config_file(value or following)))
-            for option in typed:
-                if _has(config, option.removeprefix("--").replace(".init_args.", ".").split(".")):
-                    yield f"{option} stands before --config {path}, which has it too and wins."
-        elif name.startswith("--"):
-            typed.append(name)
+            yield place, Path(config_file(value or following))
 
 
 def _origin(option: str, arguments: Sequence[str]) -> str:
@@ -136,12 +140,9 @@ def _origin(option: str, arguments: Sequence[str]) -> str:
     typed = {argument.partition("=")[0].replace(".init_args.", ".") for argument in arguments}
     if any("--" + ".".join(names[:n]) in typed for n in range(1, len(names) + 1)):
         return ""
-    for flag, following in reversed(list(zip(arguments, [*arguments[1:], ""], strict=True))):
-        name, _, value = flag.partition("=")
-        if name in ("-c", "--config"):
-            path = Path(config_file(value or following))
-            if _has(read_config(path), names):
-                return f" (in {path})"
+    for _, path in reversed(list(_configs(arguments))):
+        if _has(read_config(path), names):
+            return f" (in {path})"
     return ""
 
 
